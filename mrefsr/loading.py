@@ -83,6 +83,11 @@ def in_order(
             if worker.is_alive():
                 worker.kill()
                 worker.join()
+        for queue in iterator._index_queues:
+            # torch leaves these threads behind. One cut off by the interpreter's end while it gives a semaphore back
+            # makes multiprocessing report a leak.
+            if queue._thread is not None:
+                queue._thread.join(LONGEST_END)
         atexit.unregister(stopping.set)
 
 

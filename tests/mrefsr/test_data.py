@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +374,22 @@ def test_workers_outlive_a_signal_to_the_group_but_not_the_run(program: Any, end
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out.strip(), err) == (0, "20", "")
     assert all(gone(worker) for worker in workers)
+
+
+def test_no_thread_outlives_its_batches(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = Queue.__dict__["_feed"].__func__
+
+    def slowly(*given: Any) -> None:
+        feed(*given)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(Queue, "_feed", staticmethod(slowly))
+    before = set(threading.enumerate())
+    batches = train_batches(dataset, rule=MIXED, batch_size=3, seed=5, workers=1)
+    next(batches)
+    assert set(threading.enumerate()) > before
+    batches.close()
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
