@@ -87,7 +87,9 @@ def _what(
         numbers = (tars["samples"].sum(), rows["scene"].nunique(), len(tars), f"{tars['bytes'].sum() / 1e6:.1f}")
         yield f"| {split} | {' | '.join(str(number) for number in numbers)} |"
     scene = (
-        "has the name of the annotation" if "imported" in manifest else "is a set of photos joined by verified pairs"
+        "has the name it was published with"
+        if "imported" in manifest
+        else "is a set of photos joined by verified pairs"
     )
     yield f"\nSplits share no scene and no photo. A scene {scene}."
     if photos:
@@ -106,8 +108,10 @@ def _what(
 
 def _how_made(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield "\n## How it was made\n"
-    if "imported" in manifest:
+    if _as_published(manifest):
         yield from _imported(manifest)
+    elif "imported" in manifest:
+        yield from _test_set(manifest)
     elif "merged" in manifest:
         yield from _merged(manifest)
     else:
@@ -129,6 +133,16 @@ def _imported(manifest: Mapping[str, Any]) -> Iterator[str]:
         f"Imported from `{plain(origin['annotation'])}` (sha256 `{origin['sha256']}`), layout {origin['layout']}: "
         f"{lines['used']} of {lines['lines']} lines, the others are in `rejects`. Slots, tiers and crop centres are as "
         "published; crops that would leave their photo were refused. Overlap and scale ratio were not published: null."
+    )
+
+
+def _test_set(manifest: Mapping[str, Any]) -> Iterator[str]:
+    origin, folders = manifest["imported"], manifest["counts"]["annotations"]
+    yield (
+        f"The groups of the LMR test set in `{plain(origin['folder'])}`: {folders['used']} of {folders['lines']} "
+        "folders, the others are in `rejects`. A group has the target of its folder and references from it, one scene "
+        "by their label. Overlap, scale ratio, tier and crops were measured here, by local features and a robust "
+        f"fundamental matrix; they were not published. Seed {manifest['seed']}."
     )
 
 
@@ -180,7 +194,7 @@ def _version(manifest: Mapping[str, Any]) -> str:
 
 def _tiers(manifest: Mapping[str, Any], groups: pd.DataFrame) -> Iterator[str]:
     recipe = manifest["recipe"]
-    if "imported" in manifest:  # the published annotation was made with the paper's thresholds
+    if _as_published(manifest):  # the annotation was made with the paper's thresholds
         recipe = {"high_overlap": 0.3, "high_scale": 0.9, "medium_overlap": 0.1, "medium_scale": 0.66}
     yield "\n## Tiers\n"
     yield "| tier | overlap | scale ratio |\n|---|---|---|"
@@ -204,7 +218,12 @@ def _tiers(manifest: Mapping[str, Any], groups: pd.DataFrame) -> Iterator[str]:
 
 def _three_d(manifest: Mapping[str, Any]) -> bool:
     """Whether tiers come from a 3-D reconstruction: the published annotation, or a build with one."""
-    return "imported" in manifest or "geometry" in manifest
+    return _as_published(manifest) or "geometry" in manifest
+
+
+def _as_published(manifest: Mapping[str, Any]) -> bool:
+    """Whether slots and tiers are those of the published annotation; those of its test set are measured here."""
+    return manifest.get("imported", {}).get("layout") in ("groups", "pairs")
 
 
 def _load(groups: pd.DataFrame, shards: pd.DataFrame, splits: list[Split]) -> Iterator[str]:

@@ -5,6 +5,7 @@ A recipe is a TOML or YAML file with the same names as the fields below; command
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from lmr_tools.schema import LmrError
 
 CLIP_MODEL = "ViT-B-32"
 
+Part = TypeVar("Part")
 Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
@@ -82,6 +84,12 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
             raise LmrError(f"--set {text}: write it as KEY=VALUE")
         values[key.strip()] = yaml.safe_load(value)
     return values
+
+
+def part_of(recipe: BaseModel, part: type[Part]) -> Part:
+    """The settings of one stage: the fields of its dataclass, taken from the recipe by name."""
+    fields = dataclasses.fields(part)  # type: ignore[arg-type]
+    return part(**{field.name: getattr(recipe, field.name) for field in fields})
 
 
 def load_recipe(

@@ -77,6 +77,7 @@ def write_dataset(out: Path, built: Built) -> dict[str, Any]:
             table_path(out, "samples"), (row for shard in built.written for row in shard.samples), SampleRow
         ),
     }
+    assert built.corpus.vectors is not None  # a build embeds
     rows["embeddings"] = write_tables(
         table_path(out, "embeddings"), embedding_tables(built.corpus.rows, built.corpus.vectors)
     )

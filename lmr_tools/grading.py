@@ -28,19 +28,22 @@ PAIRS_AT_ONCE = 1 << 16
 class Corpus:
     """The surviving photos with everything mined and measured about them. Row numbers index `rows`.
 
-    vectors: (N, V, D); candidates, scores: (N, k), -1 for none; numbers: one PAIR_NUMBERS row per unordered pair.
+    vectors: (N, V, D), None where photos were not embedded: their pairs have no score. candidates, scores: (N, k), -1
+    for none; numbers: one PAIR_NUMBERS row per unordered pair.
     """
 
     rows: Sequence[ImageRow]
-    vectors: npt.NDArray[np.float16]
+    vectors: npt.NDArray[np.float16] | None
     candidates: npt.NDArray[np.int32]
     scores: npt.NDArray[np.float32]
     numbers: npt.NDArray[np.void]
     rule: TierRule
     labelled: bool
 
-    def clip_scores(self, target: int, references: Sequence[int]) -> list[float]:
+    def clip_scores(self, target: int, references: Sequence[int]) -> Sequence[float | None]:
         """CLIP scores of pairs: as mined, from either side, or else the largest product over all pairs of views."""
+        if self.vectors is None:
+            return [None] * len(references)
         others = np.asarray(references, np.int64)
         score = np.full(len(others), np.nan)
         # The target's own list is put in last: where both lists name the pair, it decides.
@@ -168,7 +171,7 @@ def _pairs(numbers: npt.NDArray[np.void], places: npt.NDArray[np.intp]) -> list[
 
 
 def _direct(
-    corpus: Corpus, target: int, other: int, pair: _Pair, forward: bool, clip_score: float, repeated: bool
+    corpus: Corpus, target: int, other: int, pair: _Pair, forward: bool, clip_score: float | None, repeated: bool
 ) -> PairRow:
     overlap = pair.overlap_a if forward else pair.overlap_b
     tier, reason = grade(overlap, pair.scale_ratio, pair.consistent, pair.inliers, clip_score, corpus.rule)
@@ -194,7 +197,7 @@ def _direct(
     )
 
 
-def _chained(corpus: Corpus, target: int, other: int, between: int, shift: float, clip_score: float) -> PairRow:
+def _chained(corpus: Corpus, target: int, other: int, between: int, shift: float, clip_score: float | None) -> PairRow:
     through = corpus.rows[between].image_id
     return PairRow(
         target_image=corpus.rows[target].image_id,

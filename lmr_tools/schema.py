@@ -65,7 +65,8 @@ class ImageRow:
 class RejectRow:
     """One photo that left the flow: the stage, a short reason word, and the numbers behind it.
 
-    With stage `annotation` it is one line of an imported annotation (image_id: `line-N`), which is no photo.
+    With stage `annotation` it is one line of an imported annotation (image_id: `line-N`) or one folder of an imported
+    test set (`folder-NAME`), which is no photo.
     """
 
     image_id: str

@@ -12,7 +12,7 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lmr_tools.pairs import PairStore
     from lmr_tools.schema import ImageRow, RejectRow
     from lmr_tools.workers import Mapper, ProcessMapper
-
-Part = TypeVar("Part")
 
 
 @click.command("build-dataset")
@@ -169,6 +167,7 @@ def build(
 
     from lmr_tools import dataset, dedup, leakage, pairs, reconstruction, removal
     from lmr_tools.cluster import RayEmbedder
+    from lmr_tools.config import part_of
     from lmr_tools.crops import CropRule, plan_all
     from lmr_tools.embed import OpenClipEmbedder
     from lmr_tools.finish import Built, write_dataset
@@ -244,7 +243,7 @@ def build(
             model=embedder.key,
         )
         # 5. Verify them by geometry, then also what two verified steps join and mining missed.
-        rule = _part(TierRule, config)
+        rule = part_of(config, TierRule)
         matched, about = mined.numbers, None
         if read:
             seen = reconstruction.observe_all(read, photos, sources, store, mapper, track, k=config.candidates)
@@ -264,7 +263,7 @@ def build(
         )
         # 6. Choose target crops and the references of each.
         planned = plan_all(
-            lambda: tasks(corpus), _part(Counts, config), _part(CropRule, config), sources, store, mapper
+            lambda: tasks(corpus), part_of(config, Counts), part_of(config, CropRule), sources, store, mapper
         )
         plans = list(track(planned, len(photos), "groups"))
         shards = plan_shards(
@@ -306,12 +305,6 @@ def _engine(engine: str, workers: int, address: str | None) -> ProcessMapper | R
     from lmr_tools.workers import ProcessMapper
 
     return RayMapper(address, workers) if engine == "ray" else ProcessMapper(workers)
-
-
-def _part(part: type[Part], config: BuildConfig) -> Part:
-    """The settings of one stage: the fields of its dataclass, taken from the recipe by name."""
-    fields = dataclasses.fields(part)  # type: ignore[arg-type]
-    return part(**{field.name: getattr(config, field.name) for field in fields})
 
 
 def _reasons(rejects: Sequence[RejectRow]) -> str:

@@ -8,19 +8,22 @@ from typing import Any
 
 import click
 
+from .import_lmr_test import run as run_test_set
 from .progress import note, track
 
 FAILED_ITEMS = 3
 
 
 @click.command("import-lmr")
-@click.argument("annotation", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("root")
+@click.argument("annotation", type=click.Path(exists=True, path_type=Path))
+@click.argument("root", required=False)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the dataset.")
 @click.option("--size", type=click.IntRange(32, 4096), default=300, show_default=True, help="Side of the crops.")
 @click.option("--test-scene", "test_scenes", multiple=True, metavar="SCENE", help="Test scenes.  [the paper's 19]")
 @click.option("--val-share", type=click.FloatRange(0, 0.5), default=0.0, show_default=True, help="Groups for val.")
-@click.option("--crops-per-pair", type=click.IntRange(1), default=1, show_default=True, help="Groups of a pair's line.")
+@click.option(
+    "--crops-per-pair", type=click.IntRange(1), default=1, show_default=True, help="Groups of a line or folder."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of val scenes and order.")
 @click.option(
     "--shard-samples", type=click.IntRange(1), default=500, show_default=True, help="Groups per tar, at most."
@@ -31,19 +34,22 @@ def import_lmr(
     ctx: click.Context,
     /,
     annotation: Path,
-    root: str,
+    root: str | None,
     out: Path,
     test_scenes: tuple[str, ...],
     workers: int | None,
     **options: Any,
 ) -> None:
-    """Turn the published ANNOTATION (CSV) and the photos in ROOT/<scene>/<name> into a dataset.
+    """Turn the published ANNOTATION (CSV) and the photos in ROOT/<scene>/<name>, or the test set, into a dataset.
 
     The CSV has 13 columns (target,H,M1,M2,L1,L2,p0..p5,scene) or, for single references, 6 (target,reference,scene,
     sim,pA,pB). Slots and tiers are kept as published; overlap and scale are unknown and stay empty. Every line becomes
-    a group or a row of rejects that says why not. --crops-per-pair counts for the 6-column layout alone.
+    a group or a row of rejects that says why not. --crops-per-pair does not count for 13 columns.
 
-    Exit code: 0 when every line was used, 3 when some were rejected.
+    Without ROOT, ANNOTATION is the folder of the test set, <scene>_<target file>/ with a target and its references:
+    its groups keep their photos, all in split test; overlap, scale, tiers and crops are measured.
+
+    Exit code: 0 when every line (or folder) was used, 3 when some were rejected.
     """
     from lmr_tools.annotations import TEST_SCENES
     from lmr_tools.assembly import claim_new
@@ -51,20 +57,31 @@ def import_lmr(
     from lmr_tools.tables import sha256_file
     from lmr_tools.workers import default_workers
 
-    settings = {**options, "test_scenes": list(test_scenes or TEST_SCENES)}
-    shown = parse_source(root).given
-    made_by = {"command": "import-lmr", "annotation": sha256_file(annotation), "root": shown, **settings}
-    with claim_new(out, made_by):
-        manifest = run(annotation, root, out, settings, workers=workers or default_workers())
+    workers = workers or default_workers()
+    if annotation.is_dir():
+        if root or test_scenes or options["val_share"]:
+            raise click.UsageError(f"{annotation} is a folder, so the test set: no ROOT, --test-scene, --val-share")
+        test_set = {"command": "import-lmr", "test_set": str(annotation.absolute()), **options}
+        with claim_new(out, test_set):
+            manifest = run_test_set(annotation, out, options, workers=workers)
+    elif root is None:
+        raise click.UsageError(f"{annotation} is a file, so an annotation: name ROOT, the folder of its photos")
+    else:
+        settings = {**options, "test_scenes": list(test_scenes or TEST_SCENES)}
+        shown = parse_source(root).given
+        made_by = {"command": "import-lmr", "annotation": sha256_file(annotation), "root": shown, **settings}
+        with claim_new(out, made_by):
+            manifest = run(annotation, root, out, settings, workers=workers)
     counts = manifest["counts"]
     lines, groups = counts["annotations"], counts["groups"]
+    unit = "folders" if annotation.is_dir() else "lines"
     click.echo(
         f"{out}: {sum(groups.values())} groups ({', '.join(f'{n} {split}' for split, n in groups.items())}) from "
-        f"{lines['used']} of {lines['lines']} lines"
+        f"{lines['used']} of {lines['lines']} {unit}"
     )
     if lines["rejected"]:
         reasons = {name: n for name, n in counts["rejects"].items() if name.startswith("annotation: ")}
-        note(f"{lines['rejected']} lines rejected: {', '.join(f'{n} {name[12:]}' for name, n in reasons.items())}")
+        note(f"{lines['rejected']} {unit} rejected: {', '.join(f'{n} {name[12:]}' for name, n in reasons.items())}")
         ctx.exit(FAILED_ITEMS)
 
 
