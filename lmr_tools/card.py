@@ -159,16 +159,13 @@ def _merged(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _built(manifest: Mapping[str, Any]) -> Iterator[str]:
     embedder, index, recipe = manifest["embedder"], manifest["index"], manifest["recipe"]
-    if embedder.get("stand_in"):
-        yield (
-            "**The photos were embedded by a stand-in, not by a trained CLIP model: it chose the candidates, and the "
-            "columns named `clip_score` hold its scores.**\n"
-        )
-    weights = f", weights {plain(embedder['pretrained'])}" if embedder.get("pretrained") else ""
     recall = index.get("recall")
     measured = f", measured recall {recall:.4f}" if isinstance(recall, int | float) else ""
     yield f"1. Photos were read, copies, near copies and poor photos left out (`lmr-tools` {_version(manifest)})."
-    yield f"2. Embedded with {plain(embedder.get('model'))}{weights} ({embedder.get('dimension')} numbers)."
+    yield (
+        f"2. Embedded with {plain(embedder.get('model'))} ({embedder.get('dimension')} numbers); `clip_score` is the "
+        "cosine of two such embeddings, whichever encoder it was."
+    )
     mined = f"index {plain(index.get('kind'))}{measured}"
     yield f"3. For each photo the {index.get('k')} most similar ones were mined ({mined})."
     if "geometry" in manifest:
@@ -207,7 +204,7 @@ def _tiers(manifest: Mapping[str, Any], groups: pd.DataFrame) -> Iterator[str]:
         "ratio is the smaller apparent size over the larger. `tier` is what a pair is, `slot` the place it fills: a "
         "High pair may fill a Medium or Low slot, never the other way.\n"
     )
-    yield "| slot | references | of that tier | tied by matches | median overlap | median scale | median CLIP |"
+    yield "| slot | references | of that tier | tied by matches | median overlap | median scale | median `clip_score` |"
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for row in slot_table(groups).to_dict("records"):
         medians = (row["overlap"], row["scale_ratio"], row["clip_score"])

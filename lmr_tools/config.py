@@ -41,7 +41,7 @@ class BuildConfig(BaseModel):
     min_sharpness: float = Field(30.0, ge=0, description="variance of the Laplacian at long side 640")
     min_texture: float = Field(0.05, ge=0, le=1, description="share of 16x16 blocks with detail")
     near_hash_bits: int = Field(12, ge=0, le=256, description="near duplicates differ in at most so many of 256 bits")
-    near_score: float = Field(0.9, ge=0, le=1, description="and have at least this CLIP cosine")
+    near_score: float = Field(0.9, ge=0, le=1, description="and their embeddings at least this cosine")
 
     clip_model: str = Field(CLIP_MODEL, description="open_clip model name, or effnet-lite0 (small, ImageNet)")
     clip_pretrained: str = Field("", description="open_clip tag or local file; empty: the model's default")

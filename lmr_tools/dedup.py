@@ -56,7 +56,7 @@ def hash_distance(a: ImageRow, b: ImageRow) -> int:
 def near_duplicates(
     rows: Sequence[ImageRow], similar: Iterable[tuple[int, int, float]], *, max_bits: int
 ) -> list[RejectRow]:
-    """Photos that repeat another: `similar` gives (row number, row number, CLIP cosine) to be checked by hash.
+    """Photos that repeat another: `similar` gives (row number, row number, cosine) to be checked by hash.
 
     Photos are taken largest first (then most bytes: least compressed, then smallest id) and stay unless they repeat one
     that stayed, so a chain of small changes does not wipe out its far end.
@@ -78,6 +78,6 @@ def near_duplicates(
             continue
         for other, bits, score in neighbours[number]:
             if other not in dropped and preference(other) > preference(number):
-                detail = f"of {rows[number].image_id} ({rows[number].path}): {bits} of 256 bits, CLIP {score:.3f}"
+                detail = f"of {rows[number].image_id} ({rows[number].path}): {bits} of 256 bits, embedding {score:.3f}"
                 dropped[other] = reject(rows[other], "dedup", "near duplicate", detail)
     return [dropped[number] for number in sorted(dropped)]

@@ -239,14 +239,14 @@ def numbers_line(considered: Considered) -> str:
     """The measured numbers of a pair in one line."""
     pair = considered.pair
     rank = "not mined from this side" if considered.rank is None else f"rank {considered.rank}"
-    clip = "" if considered.clip_score is None else f", CLIP {considered.clip_score:.3f}"
+    score = "" if considered.clip_score is None else f", embedding {considered.clip_score:.3f}"
     if pair is None:
-        return f"{rank}{clip}"
+        return f"{rank}{score}"
     if pair.overlap is None or pair.scale_ratio is None:
-        return f"tier {pair.tier} as published, not measured here; {rank}{clip}"
+        return f"tier {pair.tier} as published, not measured here; {rank}{score}"
     return (
         f"overlap {pair.overlap:.3f}, scale ratio {pair.scale_ratio:.3f}; {pair.matches} matches, "
-        f"{pair.inliers} inliers, {pair.consistent} agree; {rank}{clip}"
+        f"{pair.inliers} inliers, {pair.consistent} agree; {rank}{score}"
     )
 
 

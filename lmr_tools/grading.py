@@ -41,7 +41,7 @@ class Corpus:
     labelled: bool
 
     def clip_scores(self, target: int, references: Sequence[int]) -> Sequence[float | None]:
-        """CLIP scores of pairs: as mined, from either side, or else the largest product over all pairs of views."""
+        """Scores of pairs: as mined, from either side, or else the largest product over all pairs of views."""
         if self.vectors is None:
             return [None] * len(references)
         others = np.asarray(references, np.int64)

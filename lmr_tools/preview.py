@@ -124,8 +124,9 @@ def _reference_cell(
     scale = "" if reference.scale_ratio is None else f", scale {reference.scale_ratio:.2f}"
     text = "tier as published" if reference.overlap is None else f"{seen}{scale}"
     write(pen, (left, below), text, SMALL, INK, CELL)
-    clip = "-" if reference.clip_score is None else f"{reference.clip_score:.2f}"
-    write(pen, (left, below + 19), f"CLIP {clip}", SMALL, INK, CELL)
+    # Whichever encoder made it: CLIP, or a smaller one.
+    score = "not embedded" if reference.clip_score is None else f"embedding {reference.clip_score:.2f}"
+    write(pen, (left, below + 19), score, SMALL, INK, CELL)
     if not reference.slot.startswith(reference.tier):
         text = f"{reference.slot[:1]} slot, {TIER_NAMES[reference.tier]} pair"
         write(pen, (left, below + 38), text, SMALL, colour, CELL)

@@ -69,7 +69,7 @@ def grade(
     alone were right for about half of such pairs, so it decides nothing.
     """
     if not is_verified(consistent, inliers, rule):
-        score = "" if clip_score is None else f", CLIP {clip_score:.2f}"
+        score = "" if clip_score is None else f", embedding {clip_score:.2f}"
         if consistent < rule.min_consistent:
             return None, f"not verified: {consistent} consistent matches < {rule.min_consistent}{score}"
         share = consistent / inliers

@@ -89,8 +89,8 @@ def _show(summary: dict[str, Any], name: str) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     console.print(name, style="bold", markup=False)
-    if (summary["embedder"] or {}).get("stand_in"):
-        console.print("embedded by a stand-in, not by a trained CLIP model", style="yellow")
+    if model := (summary["embedder"] or {}).get("model"):
+        console.print(f"embedded with {model}; clip score is the cosine of its vectors", markup=False)
     _table(console, "Groups", summary["splits"])
     names = {"own": "of its tier", **{score: f"median {score}" for score in SCORES}}
     slots = [{names.get(name, name): value for name, value in row.items()} for row in summary["slots"]]

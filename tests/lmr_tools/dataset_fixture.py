@@ -294,7 +294,7 @@ def manifest(dataset: Path, photos: Path) -> dict[str, object]:
         "seed": 0,
         "sources": [str(photos)],
         "versions": {"lmr-tools": "0.1.0"},
-        "embedder": {"model": "stub", "pretrained": "", "key": "stub-8", "dimension": 8, "stand_in": True},
+        "embedder": {"model": "stub", "key": "stub-8", "dimension": 8, "views": 1},
         "index": {"kind": "Flat", "k": 6, "recall": 1.0},
         "counts": counts,
         "tables": {file.stem: {"rows": pq.read_metadata(file).num_rows, "sha256": sha256_file(file)} for file in files},

@@ -103,7 +103,7 @@ def test_contact_sheet_says_scores_and_borrowed_slots(tmp_path: Path, monkeypatc
     contact_sheet([group("the-id", **FULL)], tmp_path / "sheet.jpg")
     assert written[:6] == ["Target", "High", "Medium", "Medium", "Low", "Low"]
     assert "the-id" in written and "overlap 0.50, scale 0.75" in written
-    assert "CLIP 0.80" in written and "CLIP -" in written
+    assert "embedding 0.80" in written and "not embedded" in written
     assert [text for text in written if "slot" in text] == ["M slot, High pair", "L slot, Medium pair"]
 
 

@@ -37,7 +37,7 @@ def test_evidence_decides_whether_there_is_a_pair(consistent: int, inliers: int,
     assert is_verified(consistent, inliers, RULE) == verified
     tier, reason = grade(0.9, 1.0, consistent, inliers, 0.75, RULE)
     assert (tier is not None) == verified
-    assert verified or ("not verified" in reason and "CLIP 0.75" in reason)
+    assert verified or ("not verified" in reason and "embedding 0.75" in reason)
 
 
 @given(st.floats(0, 1), st.floats(0.01, 1), st.floats(0, 1), st.floats(0.01, 1), st.integers(0, 90), st.integers(0, 90))

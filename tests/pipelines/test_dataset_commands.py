@@ -93,7 +93,7 @@ def test_inspect_shows_the_numbers(dataset: Path) -> None:
     result = run("inspect", dataset)
     assert result.exit_code == 0, result.output
     for expected in (
-        "embedded by a stand-in",
+        "embedded with stub; clip score is the cosine of its vectors",
         "References by slot",
         "Graded pairs: 15 High, 80 Medium, 85 Low; without a tier: 0",
         "Photos: 30 used, 5 unused, 1 rejected",
@@ -106,7 +106,7 @@ def test_inspect_shows_the_numbers(dataset: Path) -> None:
 def test_inspect_json_of_one_split(dataset: Path) -> None:
     summary = json.loads(run("inspect", dataset, "--split", "val", "--json").stdout)
     assert [(entry["split"], entry["groups"]) for entry in summary["splits"]] == [("val", 2)]
-    assert summary["embedder"]["stand_in"] is True
+    assert summary["embedder"]["model"] == "stub"
 
 
 def test_inspect_draws_the_groups_asked_for(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_explain_says_why(dataset: Path) -> None:
         "crop       64x64 at (30, 30)",
         "High: overlap > 0.3 and scale ratio > 0.9",
         "M1   tier M  place 1/view-2.png (s1v2)",
-        "overlap 1.000, scale ratio 0.800; 60 matches, 40 inliers, 36 agree; rank 0, CLIP 0.950",
+        "overlap 1.000, scale ratio 0.800; 60 matches, 40 inliers, 36 agree; rank 0, embedding 0.950",
         "--   tier M  place 1/view-6.png (s1v6)",
     ):
         assert expected in result.stdout
