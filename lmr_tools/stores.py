@@ -57,7 +57,7 @@ def patiently(
     """
     for number in range(TRIES):
         try:
-            return _within(action, limit)
+            return within(action, limit)
         except FINAL:
             raise
         except Exception as error:  # every store has errors of its own
@@ -72,7 +72,7 @@ def patiently(
     )
 
 
-def _within(action: Callable[[], Result], limit: float) -> Result:
+def within(action: Callable[[], Result], limit: float) -> Result:
     """What `action` returns or raises; TimeoutError after `limit` seconds. A stuck call can only be left behind."""
     outcome: list[Result] = []
     problem: list[BaseException] = []

@@ -3,7 +3,7 @@
 What a reader of whole tars learns too late or never is judged when the dataset is opened: every shard of the split is
 there and has its size. Each sample is one range read, and its sha256 is that of the `samples` table, whose own sha256
 is in dataset.json. Imports `dataset`, `packing`, `shards`, `sources`, which knows the mark of a build, and `stores`,
-which knows the errors that stay.
+which knows the errors that stay, secrets and stuck calls.
 """
 
 from __future__ import annotations
@@ -44,11 +44,20 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFiles:
-    """The files below a folder or URL. A read that fails for a passing reason is tried again, later each time."""
+    """The files below a folder or URL. A read that fails for a passing reason is tried again, later each time.
+
+    On a URL a call that gives no answer in `limit` seconds has failed.
+    """
 
     root: str
     tries: int
     pause: float  # seconds before the second try; doubles
+    limit: float = stores.LIMIT
+
+    @property
+    def shown(self) -> str:
+        """The folder or URL as it may be printed and kept: without credentials."""
+        return stores.without_secrets(self.root, place=True)
 
     def read(self, name: str) -> bytes:
         """All of a file; LmrError names it when it can not be read."""
@@ -59,10 +68,10 @@ class DatasetFiles:
         files, base = _filesystem(self.root)
         for attempt in range(1, self.tries + 1):
             try:
-                return call(files, base)
+                return self._within(lambda: call(files, base))
             except Exception as error:  # every fsspec backend has its own errors
                 if isinstance(error, FINAL) or attempt == self.tries:
-                    raise LmrError(f"{self.root}/{name}: {_cause(error)}; get it again or rebuild") from None
+                    raise LmrError(f"{self.shown}/{name}: {_cause(error)}; get it again or rebuild") from None
                 self.wait(attempt)
         raise AssertionError("no try")
 
@@ -75,9 +84,12 @@ class DatasetFiles:
         files, base = _filesystem(self.root)
         paths = [f"{base}/{name}" for name in names]
         try:
-            return list(files.cat_ranges(paths, list(starts), list(ends), on_error="return"))
+            return list(self._within(lambda: files.cat_ranges(paths, list(starts), list(ends), on_error="return")))
         except Exception as error:  # some backends raise all the same
             return [error] * len(paths)
+
+    def _within(self, action: Callable[[], Result]) -> Result:
+        return stores.within(action, self.limit) if "://" in self.root else action()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +133,8 @@ class SampleStore:
 
     @property
     def root(self) -> str:
-        """The folder or URL, as given."""
-        return self.files.root
+        """The folder or URL, as it may be printed and kept."""
+        return self.files.shown
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -186,7 +198,7 @@ def open_samples(dataset: str | Path, split: str = "train", *, tries: int = 0, p
     shards, samples = _table(files, manifest, "shards", ShardRow), _table(files, manifest, "samples", SampleRow)
     held = sorted(set(samples["split"].to_pylist()))
     if split not in held:
-        raise LmrError(f"{files.root}: split {split} has no groups; there are groups in: {', '.join(held) or 'none'}")
+        raise LmrError(f"{files.shown}: split {split} has no groups; there are groups in: {', '.join(held) or 'none'}")
     shards, samples = (table.filter(pc.equal(table["split"], split)) for table in (shards, samples))
     _check_shards(files, shards)
     return _store(files, Split(split), manifest, shards, samples)
@@ -205,9 +217,9 @@ def _manifest(files: DatasetFiles) -> dict[str, Any]:
     data = if_there(MANIFEST)
     if data is None:
         if if_there(DATASET_MARKER) is not None:
-            raise LmrError(f"{files.root}: the build has not finished; run the same build-dataset command again")
-        raise LmrError(f"{files.root}: not a dataset of lmr-tools (no {MANIFEST} there)")
-    where = f"{files.root}/{MANIFEST}"
+            raise LmrError(f"{files.shown}: the build has not finished; run the same build-dataset command again")
+        raise LmrError(f"{files.shown}: not a dataset of lmr-tools (no {MANIFEST} there)")
+    where = f"{files.shown}/{MANIFEST}"
     try:
         return checked(json.loads(data), where)
     except (ValueError, RecursionError):
@@ -216,10 +228,10 @@ def _manifest(files: DatasetFiles) -> dict[str, Any]:
 
 def _table(files: DatasetFiles, manifest: Mapping[str, Any], name: str, row_type: type) -> pa.Table:
     place = f"tables/{name}.parquet"
-    where = f"{files.root}/{place}"
+    where = f"{files.shown}/{place}"
     entry = _section(_section(manifest, "tables"), name)
     if not entry:
-        raise LmrError(f"{files.root}: no table {name}, an older version built it; run the same build-dataset again")
+        raise LmrError(f"{files.shown}: no table {name}, an older version built it; run the same build-dataset again")
     data = files.read(place)
     if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
         raise LmrError(f"{where}: its sha256 is not that of dataset.json; the file was changed, run lmr verify")
@@ -251,14 +263,14 @@ def _check_shards(files: DatasetFiles, shards: pa.Table) -> None:
     problems = []
     for name, promised in zip(shards["shard"].to_pylist(), shards["bytes"].to_pylist(), strict=True):
         if not SHARD.fullmatch(name):
-            raise LmrError(f"{files.root}/tables/shards.parquet: {name[:80]!r} is no name of a shard; run lmr verify")
+            raise LmrError(f"{files.shown}/tables/shards.parquet: {name[:80]!r} is no name of a shard; run lmr verify")
         place, size = f"shards/{name}", sizes.get(name)
         try:
             if size is None:
                 size = files.insist(place, lambda system, base: system.info(f"{base}/{place}")["size"])  # noqa: B023
             if size is not None and size != promised:  # some web servers do not tell
                 text = f"{size} bytes, the shards table says {promised}; it is cut short or altered"
-                raise LmrError(f"{files.root}/{place}: {text}, get it again or rebuild")
+                raise LmrError(f"{files.shown}/{place}: {text}, get it again or rebuild")
         except LmrError as error:
             problems.append(str(error))
     if problems:
@@ -279,10 +291,10 @@ def _store(
     wrong |= np.array([not GROUP_ID.fullmatch(i) or not SHA256.fullmatch(h) for i, h in zip(ids, sums, strict=True)])
     if wrong.any():
         row = samples.slice(int(wrong.argmax()), 1).to_pylist()[0]
-        raise LmrError(f"{files.root}/tables/samples.parquet: impossible row {json.dumps(row)[:300]}; run lmr verify")
+        raise LmrError(f"{files.shown}/tables/samples.parquet: impossible row {json.dumps(row)[:300]}; run lmr verify")
     side = _section(manifest, "recipe").get("size")
     if not isinstance(side, int) or side < 1:
-        raise LmrError(f"{files.root}/{MANIFEST}: its recipe has no size; run lmr verify")
+        raise LmrError(f"{files.shown}/{MANIFEST}: its recipe has no size; run lmr verify")
     return SampleStore(
         files=files,
         split=split,
@@ -307,7 +319,8 @@ def _filesystem(root: str) -> tuple[Any, str]:
     try:
         files, base = fsspec.core.url_to_fs(root)
     except (ImportError, ValueError) as error:
-        raise LmrError(f"{root}: {str(error).splitlines()[0]}") from None
+        shown = stores.without_secrets(root, place=True)
+        raise LmrError(f"{shown}: {stores.without_secrets(str(error).splitlines()[0])}") from None
     return files, str(base).rstrip("/")
 
 
@@ -315,4 +328,4 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "missing"
     text = error.strerror if isinstance(error, OSError) and error.strerror else (str(error).splitlines() or [""])[0]
-    return f"can not be read ({type(error).__name__}: {text[:160]})"
+    return f"can not be read ({type(error).__name__}: {stores.without_secrets(text)[:160]})"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,37 @@ def test_passing_errors_are_tried_again(sound: Path, url: str, failing: Callable
     calls = failing("cat_ranges", [ConnectionError("reset"), lambda found: [data[:-1] for data in found]])
     assert [s.group_id for s in store.read([4, 0])] == ["g04", "g00"]
     assert len(calls) == 3
+
+
+def test_a_stuck_read_is_left_behind_and_made_again(sound: Path, url: str, failing: Callable[..., list[int]]) -> None:
+    store = open_samples(upload(sound, url), "train", tries=3, pause=0)
+    store = dataclasses.replace(store, files=dataclasses.replace(store.files, limit=0.2))
+    go_on = threading.Event()
+    calls = failing("cat_ranges", [lambda found: go_on.wait(60) and found])
+    try:
+        assert [s.group_id for s in store.read([0])] == ["g00"]
+        assert len(calls) == 2
+        failing("cat_ranges", [lambda found: go_on.wait(60) and found] * 3)
+        with pytest.raises(LmrError, match=r"sample g00: can not be read \(TimeoutError: no answer in 0.2 s\)"):
+            store.read([0])
+    finally:
+        go_on.set()
+
+
+def test_credentials_of_a_url_are_not_told(sound: Path, failing: Callable[..., list[int]]) -> None:
+    upload(sound, "memory://user:secret@host/dataset")
+    store = open_samples("memory://user:secret@host/dataset", "train", pause=0)
+    assert store.root == "memory://host/dataset" and len(store.read([0])) == 1
+    failing("cat_ranges", [PermissionError("403 for https://user:secret@host/x?X-Amz-Signature=secret")])
+    with pytest.raises(LmrError, match="memory://host/dataset/shards") as caught:
+        store.read([0])
+    assert "secret" not in str(caught.value)
+    with pytest.raises(LmrError, match="memory://host/nothing: not a dataset"):
+        open_samples("memory://user:secret@host/nothing", "train", pause=0)
+    with pytest.raises(LmrError) as caught:
+        open_samples("nosuch://user:secret@host/nothing", "train", pause=0)
+    assert "secret" not in str(caught.value)
+    MemoryFileSystem.store.clear()
 
 
 def test_a_server_without_ranges_is_named(sound: Path, url: str, failing: Callable[..., list[int]]) -> None:
