@@ -51,7 +51,7 @@ def begin_or_go_on(run: Path, resume: str, preset: str, config: TrainConfig, dat
     """The checkpoint to go on from, None to begin; writes RUN/recipe.json at the beginning.
 
     `resume`: "auto" goes on from the latest checkpoint where there is one; "never" refuses a folder that has one;
-    otherwise the path of a checkpoint; later ones of this run are then deleted.
+    otherwise the path of a checkpoint.
     Raises LmrError when the run began with another recipe or dataset, naming what differs.
     """
     path = run / "recipe.json"
@@ -71,9 +71,6 @@ def begin_or_go_on(run: Path, resume: str, preset: str, config: TrainConfig, dat
                 f"{run}: the run began with another dataset ({began['dataset']['path']}, fingerprint "
                 f"{began['dataset']['fingerprint']}, now {dataset['fingerprint']}); use the same, or another --out"
             )
-    if start is not None and start in found:  # going back: the steps after it come again
-        for later in found[found.index(start) + 1 :]:
-            later.unlink()
     facts = {"format": FORMAT, "version": VERSION, "preset": preset, "recipe": config.model_dump(mode="json")}
     write_json(path, facts | {"dataset": dict(dataset)})
     return start

@@ -171,6 +171,13 @@ def drop_old(folder: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def drop_later(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than `step`, from which a run goes on: these steps come again."""
+    for path in checkpoints(folder):
+        if path.name > NAME.format(step):
+            path.unlink(missing_ok=True)
+
+
 def load_state(path: Path, training: Training, facts: dict[str, Any]) -> None:
     """Fill `training`, made of the same recipe, from a checkpoint.
 

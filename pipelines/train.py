@@ -119,10 +119,10 @@ def _run(
     from lmr_tools.tables import fingerprint
     from mrefsr.cost import versions
     from mrefsr.machines import joined
-    from mrefsr.run_folder import begin_or_go_on, dataset_facts
+    from mrefsr.run_folder import begin_or_go_on, dataset_facts, states_folder
     from mrefsr.train import FINAL, Data, training_batches
     from mrefsr.train import train as run_training
-    from mrefsr.training_state import frozen_digest, load_state, new_training
+    from mrefsr.training_state import drop_later, frozen_digest, load_state, new_training
 
     with joined(device) as machine, Screen(machine.first) as screen:
         store = open_samples(dataset, "train")
@@ -138,6 +138,8 @@ def _run(
         start = machine.gather(start)[0]
         if start is not None:
             load_state(start, training, facts)
+            if machine.first:  # now that nothing refuses the file
+                drop_later(states_folder(out), training.step)
             screen.line(f"going on after step {training.step} ({start})")
         provenance = {
             "by": "lmr train",

@@ -257,6 +257,22 @@ def test_a_run_does_not_change_its_recipe_on_the_way(dataset: Path, whole: Path)
     finish(*arguments(dataset, whole, log_every=7))  # at its end already
 
 
+def test_going_back_to_an_earlier_checkpoint(dataset: Path, whole: Path, tmp_path: Path) -> None:
+    """Whatever name the file is given by; and nothing is dropped for a file that can not be read."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    names = [path.name for path in checkpoints(out / "checkpoints")]
+    first = out / "checkpoints" / names[0]
+    first.write_bytes(first.read_bytes()[:1000])
+    result = call(*arguments(dataset, out, "--resume", first))
+    assert result.exit_code == 1 and [path.name for path in checkpoints(out / "checkpoints")] == names
+    shutil.copy(whole / "checkpoints" / names[0], first)
+    back = out / "checkpoints" / ".." / "checkpoints" / names[0]
+    assert "going on after step 6 (" in finish(*arguments(dataset, out, "--resume", back, checkpoint_every=100))
+    assert [path.name for path in checkpoints(out / "checkpoints")] == [names[0], names[-1]]
+    assert all(torch.equal(value, weights(out)[name]) for name, value in weights(whole).items())
+
+
 def test_another_dataset_is_refused(whole: Path, tmp_path: Path, dataset: Path) -> None:
     facts = json.loads((whole / "recipe.json").read_text())
     facts["dataset"]["fingerprint"] = "0" * 16
