@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 TAR_SUFFIX = ".tar"
 # Photos that some camera or site writes and this toolkit does not decode: named in `rejects`, not passed over.
 UNSUPPORTED = (".avif", ".bmp", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".arw")
+# Archives that hold no photo at a known byte.
+PACKED = (".7z", ".rar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz", ".zip")
+UNLISTED = "unlisted"  # stamp of a folder that can not be read
+LONGEST_END = 2**20  # bytes of zeros that may end a tar: writers fill up their last record, of 10 kB as a rule
 DATASET_MARKER = ".lmr-dataset"  # stands in every folder that a build writes
 SLOWEST = 1e6  # bytes per second below which a tar counts as stuck
 # What the object stores call the thing that changes with a file.
@@ -92,25 +96,34 @@ def list_photos(sources: Sequence[Source]) -> Listing:
     others = 0
     for number, source in enumerate(sources):
         files = _remote_files(source) if source.remote else _local_files(source)
-        for path, size, stamp in sorted(files):
+        for path, size, stamp in sorted(set(files)):  # a glob may name a folder and what is in it
             file = Found(source=number, path=path, offset=None, bytes=size, stamp=stamp)
             suffix = PurePosixPath(path).suffix.lower()
             if not _is_utf8(path):
                 shown = path.encode("utf-8", "backslashreplace").decode()
                 named = Found(source=number, path=shown, offset=None, bytes=size, stamp=stamp)
                 refused.append((named, "name", "the file name is not UTF-8; rename it"))
+            elif stamp == UNLISTED:
+                refused.append((file, "unreadable folder", "it can not be listed; see its permissions"))
             elif suffix == TAR_SUFFIX:
                 members, problem = _tar_members(source, file)
-                found.extend(members)
+                found.extend(member for member, reason, _ in members if not reason)
+                refused.extend(member for member in members if member[1])
                 if problem:
                     refused.append((file, "broken tar", problem))
             elif suffix in SUFFIXES:
                 found.append(file)
             elif suffix in UNSUPPORTED:
-                refused.append((file, "unsupported format", f"{suffix} is not read; convert it to JPEG or PNG"))
+                refused.append((file, *_unsupported(suffix)))
+            elif path.lower().endswith(PACKED):
+                refused.append((file, "packed archive", "only plain tars are read; unpack it"))
             else:
                 others += 1
     return Listing(found=tuple(found), refused=tuple(refused), other_files=others)
+
+
+def _unsupported(suffix: str) -> tuple[str, str]:
+    return "unsupported format", f"{suffix} is not read; convert it to JPEG or PNG"
 
 
 def _is_utf8(path: str) -> bool:
@@ -126,17 +139,30 @@ def _local_files(source: Source) -> Iterator[tuple[str, int, str]]:
     if source.pattern is not None:
         paths: Iterable[Path] = root.glob(source.pattern)
         for path in paths:
+            if _in_dataset(path if path.is_dir() else path.parent, root):
+                continue
             if path.is_dir():
                 yield from ((str(PurePosixPath(path.relative_to(root)) / p), n, t) for p, n, t in _walk(path))
-            elif path.is_file():
+            elif _is_photo_file(path):
                 yield _stat(path, root)
         return
     yield from _walk(root)
 
 
+def _is_photo_file(path: Path) -> bool:
+    # macOS leaves ._name files beside photos on foreign disks: not photos.
+    return not path.name.startswith("._") and (path.is_file() or path.is_symlink())
+
+
+def _in_dataset(folder: Path, root: Path) -> bool:
+    below = folder.relative_to(root).parts
+    return any((root.joinpath(*below[:depth]) / DATASET_MARKER).exists() for depth in range(len(below) + 1))
+
+
 def _walk(root: Path) -> Iterator[tuple[str, int, str]]:
     seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    failed: list[OSError] = []
+    for folder, folders, names in os.walk(root, onerror=failed.append, followlinks=True):
         state = Path(folder).stat()
         if (state.st_dev, state.st_ino) in seen or DATASET_MARKER in names:
             folders.clear()  # a symlink led back here, or a built dataset lies among the photos
@@ -145,9 +171,10 @@ def _walk(root: Path) -> Iterator[tuple[str, int, str]]:
         folders.sort()
         for name in names:
             path = Path(folder) / name
-            # macOS leaves ._name files beside photos on foreign disks: not photos.
-            if not name.startswith("._") and (path.is_file() or path.is_symlink()):
+            if _is_photo_file(path):
                 yield _stat(path, root)
+    # os.walk passes over what it can not list: the photos in there must not be missed without a word.
+    yield from ((Path(error.filename).relative_to(root).as_posix(), 0, UNLISTED) for error in failed)
 
 
 def _stat(path: Path, root: Path) -> tuple[str, int, str]:
@@ -188,13 +215,16 @@ def _remote_files(source: Source) -> Iterator[tuple[str, int, str]]:
             yield path.removeprefix(prefix), int(entry.get("size") or 0), next(stamps, "")
 
 
-def _tar_members(source: Source, file: Found) -> tuple[list[Found], str]:
+Member = tuple[Found, str, str]  # reason and detail are empty for one that is read
+
+
+def _tar_members(source: Source, file: Found) -> tuple[list[Member], str]:
     """Photos of a tar, and what is wrong with it: members before the damage are kept, the damage is its own row."""
     if not source.remote:
         return _list_members(source, file, (tarfile.TarError, EOFError, OSError))
 
     # A broken tar stays one, however often it is read; a failing store does not.
-    def read() -> tuple[list[Found], str]:
+    def read() -> tuple[list[Member], str]:
         return _list_members(source, file, (tarfile.TarError, EOFError))
 
     try:  # listing reads headers all over the file: a large one takes longer than other calls
@@ -203,24 +233,53 @@ def _tar_members(source: Source, file: Found) -> tuple[list[Found], str]:
         return [], without_secrets(str(error))[:200]
 
 
-def _list_members(source: Source, file: Found, damage: tuple[type[Exception], ...]) -> tuple[list[Found], str]:
-    members: list[Found] = []
+def _list_members(source: Source, file: Found, damage: tuple[type[Exception], ...]) -> tuple[list[Member], str]:
+    members: list[Member] = []
     try:
-        with _open(source, file.path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            members.extend(
-                Found(
-                    source=file.source,
-                    path=f"{file.path}::{member.name}",
-                    offset=member.offset_data,
-                    bytes=member.size,
-                    stamp=file.stamp,
-                )
-                for member in tar
-                if member.isfile() and member.name.lower().endswith(SUFFIXES) and not member.issparse()
-            )
+        # Names in another encoding are only shown, never opened: what is not UTF-8 is written as \xff.
+        with (
+            _open(source, file.path) as stream,
+            tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
+        ):
+            for member in tar:
+                reason = _judge(member)
+                if reason is not None:
+                    found = Found(
+                        source=file.source,
+                        path=f"{file.path}::{member.name}",
+                        offset=member.offset_data,
+                        bytes=member.size,
+                        stamp=file.stamp,
+                    )
+                    members.append((found, *reason))
+            problem = _ending(stream, tar.offset)
     except damage as error:
-        return members, f"{str(error)[:120]} after {len(members)} photos"
-    return members, ""
+        problem = str(error)[:120]
+    photos = sum(not reason for _, reason, _ in members)
+    return members, f"{problem} after {photos} photos" if problem else ""
+
+
+def _judge(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Reason and detail why a tar's member is refused, ("", "") for a photo, None for what is no photo by its name."""
+    suffix = PurePosixPath(member.name).suffix.lower()
+    if member.isdir() or suffix not in (*SUFFIXES, *UNSUPPORTED):
+        return None
+    if not member.isfile() or member.issparse():
+        return "not a plain member", "a link, device or sparse file in a tar is not read"
+    return ("", "") if suffix in SUFFIXES else _unsupported(suffix)
+
+
+def _ending(stream: BinaryIO, at: int) -> str:
+    """What is wrong where the members of a tar end; tarfile takes a damaged header for the end, without a word."""
+    stream.seek(at)
+    rest = stream.read(LONGEST_END + 1)
+    if len(rest) < tarfile.BLOCKSIZE:
+        return "cut: no end mark"
+    if rest[: tarfile.BLOCKSIZE].strip(b"\0"):
+        return f"damaged header at byte {at}"
+    if rest.strip(b"\0") or len(rest) > LONGEST_END:
+        return f"more data behind the end mark at byte {at}"
+    return ""
 
 
 def _open(source: Source, path: str) -> BinaryIO:

@@ -107,6 +107,90 @@ def test_tar_members_are_read_by_offset_and_a_cut_tar_is_named(tmp_path: Path) -
     assert [(row.path, row.reason) for row in cut.rejects if row.path == "crawl.tar"] == [("crawl.tar", "broken tar")]
 
 
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> list[int]:
+    """Write a plain tar; returns where the headers of its members stand."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda data, at: data[:at] + b"x" * 512 + data[at + 512 :],
+        lambda data, at: data[:at] + bytes(512) + data[at + 512 :],
+        lambda data, at: data[:at] + bytes(2**21),  # room that a download had not filled yet
+        lambda data, at: data[: at + 100],
+        lambda data, at: data[:at],
+        lambda data, at: data + data,
+    ],
+    ids=["damaged header", "zeros inside", "zeros to the end", "cut in a header", "cut between members", "two in one"],
+)
+def test_a_tar_that_ends_too_soon_is_named_wherever_it_breaks(tmp_path: Path, harm) -> None:
+    path = tmp_path / "crawl.tar"
+    at = tar_of(path, [(f"{n}.png", encode_png(photo(n))) for n in range(4)])[2]
+    whole = path.read_bytes()
+    assert not list_photos([parse_source(str(path))]).refused
+    path.write_bytes(harm(whole, at))
+    listing = list_photos([parse_source(str(path))])
+    assert [file.path for file in listing.found][:2] == ["crawl.tar::0.png", "crawl.tar::1.png"]
+    assert [(file.path, reason) for file, reason, _ in listing.refused] == [("crawl.tar", "broken tar")]
+
+
+def test_odd_members_of_a_tar_are_read_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "crawl.tar"
+    data = encode_png(photo(0))
+    tar_of(path, [("\xff\xe9.png", data), ("a.heic", b"x"), ("a.json", b"{}")])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("hard.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.heic"
+        tar.addfile(link)
+    found = look(path, work=tmp_path / "work")
+    assert [row.path for row in found.photos] == ["crawl.tar::\\xff\\xe9.png"]
+    assert np.array_equal(read_photo([parse_source(str(path))], found.photos[0]), photo(0))
+    assert [(row.path, row.reason) for row in found.rejects] == [
+        ("crawl.tar::a.heic", "unsupported format"),
+        ("crawl.tar::hard.png", "not a plain member"),
+    ]
+
+
+def test_what_can_not_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    for name in ("a.png", "locked/b.png", "c.tar.gz", "d.ZIP"):
+        (tmp_path / name).write_bytes(encode_png(photo(0)))
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    listing = list_photos([parse_source(str(tmp_path))])
+    assert [file.path for file in listing.found] == ["a.png"]
+    assert [(file.path, reason) for file, reason, _ in listing.refused] == [
+        ("c.tar.gz", "packed archive"),
+        ("d.ZIP", "packed archive"),
+        ("locked", "unreadable folder"),
+    ]
+
+
+def test_a_glob_lists_a_photo_once_and_no_built_dataset(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "built" / "preview").mkdir(parents=True)
+    (tmp_path / "built" / ".lmr-dataset").touch()
+    for name in ("a/1.png", "2.png", "._2.png", "built/preview/train.png"):
+        (tmp_path / name).write_bytes(encode_png(photo(0)))
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    for pattern in ("**", "**/*"):
+        listing = list_photos([parse_source(str(tmp_path / pattern))])
+        assert [file.path for file in listing.found] == ["2.png", "a/1.png", "gone.png"]
+
+
 def test_a_url_gives_the_same_photos_as_the_folder(tmp_path: Path) -> None:
     import fsspec
 
