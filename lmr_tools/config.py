@@ -76,13 +76,21 @@ class BuildConfig(BaseModel):
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` texts as a dict; values are read as YAML scalars (so 3, 0.5, true and words work)."""
+    """`KEY=VALUE` texts as a dict; values are read as YAML scalars (so 3, 0.5, true and words work).
+
+    What YAML can not read, or reads as nothing, is the text itself: an empty value is one, and the recipe refuses a
+    mistyped one by its key.
+    """
     values = {}
     for text in settings:
         key, mark, value = text.partition("=")
         if not mark or not key.strip():
             raise LmrError(f"--set {text}: write it as KEY=VALUE")
-        values[key.strip()] = yaml.safe_load(value)
+        try:
+            read = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError):
+            read = None
+        values[key.strip()] = value.strip() if read is None else read
     return values
 
 
@@ -98,13 +106,14 @@ def load_recipe(
     """A validated recipe: the preset's keys, the file's (TOML or YAML; none without a path), then `overrides` that are
     not None."""
     values = {**(preset or {}), **(_read(path) if path else {})}
-    origin = str(path) if path else "options"
-    values.update({key: value for key, value in overrides.items() if value is not None})
+    over = {key: value for key, value in overrides.items() if value is not None}
+    values.update(over)
     try:
         return recipe_type.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        origin = str(path) if path and not (first["loc"] and first["loc"][0] in over) else "options"
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(recipe_type.model_fields))
             raise LmrError(f"{origin}: unknown key {key!r}; known keys: {known}") from None
@@ -119,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
     except FileNotFoundError:
         raise LmrError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError) as error:
         raise LmrError(f"{path}: not a readable recipe ({' '.join(str(error).split())[:160]})") from None
     if values is None:
         return {}

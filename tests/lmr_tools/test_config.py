@@ -36,9 +36,29 @@ def test_a_wrong_recipe_is_one_line_that_names_file_and_key(tmp_path: Path, text
     assert "\n" not in str(caught.value)
 
 
+def test_an_option_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("size = 128")
+    for over in ({"sise": 3}, {"size": "[1"}):
+        with pytest.raises(LmrError, match=r"^options: "):
+            load_recipe(BuildConfig, path, over)
+    assert load_recipe(BuildConfig, path, {"clip_pretrained": ""}).clip_pretrained == ""
+
+
+@pytest.mark.parametrize("name", ["r.toml", "r.yaml"])
+def test_a_recipe_nested_without_end_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text(("a = " if name.endswith("toml") else "a: ") + "[" * 20000)
+    with pytest.raises(LmrError, match="not a readable recipe"):
+        load_recipe(BuildConfig, path, {})
+
+
 def test_settings_are_typed_and_a_recipe_can_not_change() -> None:
     assert parse_settings(["size=64", "strict_tiers=true", "clip_model=a/b"]) == {
         "size": 64, "strict_tiers": True, "clip_model": "a/b",
+    }  # fmt: skip
+    assert parse_settings(["clip_pretrained=", "size=[1", "clip_model=@home", "seed=null"]) == {
+        "clip_pretrained": "", "size": "[1", "clip_model": "@home", "seed": "null",
     }  # fmt: skip
     with pytest.raises(LmrError, match="KEY=VALUE"):
         parse_settings(["size"])
