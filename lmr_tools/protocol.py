@@ -60,9 +60,9 @@ def prepare(
 
     LmrError when the target is too small, or larger than the benchmark's fixed canvas.
     """
-    target = _cropped(target)
     if min(target.shape[:2]) < SMALLEST:
         raise LmrError(f"{image_id}: the target is {_size(target)}, at least {SMALLEST} pixels a side are needed")
+    target = _cropped(target)
     pictures = [downscale(target, SCALE) if picture is None else picture for picture in references]
     padded = target
     if protocol == "official":

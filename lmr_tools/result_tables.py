@@ -1,5 +1,6 @@
 """Summaries of runs as tables of text: for a terminal, Markdown and LaTeX. Rows come from `comparison`, published
-numbers from `published`, marked as such and only where benchmark and protocol are the published ones."""
+numbers from `published`, marked as such and only where benchmark and protocol are the published ones; `summary` shows
+control characters of names."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from lmr_tools.comparison import METRICS, Difference, Estimate, RunSummary, run_names
 from lmr_tools.published import IMAGES, published_results
+from lmr_tools.summary import printable
 
 DIGITS = {"psnr_rgb": 2, "psnr_y": 2, "ssim_y": 4, "lpips_alex": 4, "lpips_vgg": 4}
 NAMES = {
@@ -22,6 +24,10 @@ LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    # In LaTeX's oldest font encoding, which is its default, these would print as other characters.
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 
@@ -46,7 +52,8 @@ def tables_of(
         found.append(_means(here, published_results(here[0].benchmark, protocol) if published else {}))
         pairs = [pair for pair in differences if (pair.testset, pair.protocol) == (testset, protocol)]
         if pairs:
-            found.append(_paired(pairs, dict(zip([run.run_id for run in here], run_names(here), strict=True))))
+            names = dict(zip([run.run_id for run in here], map(printable, run_names(here)), strict=True))
+            found.append(_paired(pairs, names))
     return found
 
 
@@ -59,7 +66,7 @@ def _means(runs: Sequence[RunSummary], published: Mapping[str, tuple[float, floa
         references = " ".join(word for word in words if word not in ("", "all", "none"))
         cells = [_cell(run.means.get(metric), metric) for metric in shown]
         seconds = "-" if run.seconds is None else f"{run.seconds:.3g}"
-        rows.append((run.label, references, str(run.images), str(run.failed), *cells, seconds))
+        rows.append((printable(run.label), references, str(run.images), str(run.failed), *cells, seconds))
     benchmark = runs[0].benchmark
     for system, (psnr, ssim) in published.items():
         values = {"psnr_y": f"{psnr:.2f}", "ssim_y": f"{ssim:.3f}"}
@@ -70,6 +77,8 @@ def _means(runs: Sequence[RunSummary], published: Mapping[str, tuple[float, floa
         notes.append("the runs have different numbers of pictures: compare the paired differences, not the means")
     if published and any(run.images != IMAGES[benchmark] for run in runs):
         notes.append(f"published means are over all {IMAGES[benchmark]} pictures; a run with fewer does not compare")
+    if any(run.policy == "best" for run in runs):
+        notes.append("best: the reference with the highest PSNR of its result: an upper bound, not a result")
     return Table(
         title=f"{runs[0].testset}, {runs[0].protocol} protocol", header=header, rows=tuple(rows), notes=tuple(notes)
     )

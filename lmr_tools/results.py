@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lmr_tools.schema import LmrError, ResultRow
-from lmr_tools.tables import read_json, read_rows, write_json, write_rows
+import pyarrow as pa
+
+from lmr_tools.schema import LmrError, ResultRow, arrow_schema
+from lmr_tools.tables import read_json, read_table, rows_of, write_json, write_rows
 
 FORMAT = "lmr-evaluation"
 VERSION = 2
@@ -102,13 +104,26 @@ def merge(run: Path) -> list[ResultRow]:
 
 
 def read_results(run: Path) -> list[ResultRow]:
-    """The table of a RUN folder, or of a results.parquet file itself."""
+    """The table of a RUN folder, or of a results.parquet file itself, which may have come through other programs."""
     if run.is_dir():
         check_run(run)
         if not (run / TABLE).is_file():
             raise LmrError(f"{run}: no {TABLE}; its evaluation was stopped, run the same lmr evaluate again")
         run = run / TABLE
-    return read_rows(run, ResultRow)
+    table = read_table(run)
+    for field in arrow_schema(ResultRow):
+        place = table.schema.get_field_index(field.name)
+        if place < 0:
+            continue  # `rows_of` names it
+        try:
+            column = table.column(place).cast(field.type)
+        except pa.ArrowException:
+            found = table.schema.field(place).type
+            raise LmrError(f"{run}: column {field.name} holds {found}, not {field.type}; it was altered") from None
+        if column.null_count and not field.nullable:
+            raise LmrError(f"{run}: column {field.name} has rows without a value; it was altered")
+        table = table.set_column(place, field.name, column)
+    return rows_of(table, ResultRow, str(run))
 
 
 @contextmanager

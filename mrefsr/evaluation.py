@@ -74,7 +74,7 @@ def evaluate(
     device: torch.device,
     watch: Watch,
 ) -> Outcome:
-    """Make the rows of `jobs` that RUN does not hold yet; failed ones are tried again.
+    """Make the rows of `jobs` that RUN does not hold yet; failed ones, and those of other references, are made again.
 
     Rows that lack one of the metrics of `compare` are scored again from their PNG. A picture that fails becomes a row
     with its reason.
@@ -93,7 +93,10 @@ def evaluate(
 
 
 def _kept(run: Path, settings: Settings, job: Job, row: ResultRow | None) -> bool:
-    return row is not None and row.failure is None and picture_path(run, settings.run_id, job.name).is_file()
+    if row is None or row.failure is not None or not picture_path(run, settings.run_id, job.name).is_file():
+        return False
+    # "best" names the one that it chose of those there were.
+    return settings.policy == "best" or row.reference_ids == _of_entry(job.entry)["reference_ids"]
 
 
 def _lacks(row: ResultRow | None, compare: Mapping[str, metrics.Compare]) -> bool:
@@ -192,7 +195,6 @@ def _timed(
 
 def _blank(settings: Settings, entry: Entry, device: torch.device) -> ResultRow:
     nothing: dict[str, Any] = dict.fromkeys(("target_sha256", *METRICS, "seconds", "peak_memory_mb", "sr", "failure"))
-    ids = [reference.name for reference in entry.references]
     return ResultRow(
         run_id=settings.run_id,
         label=settings.label,
@@ -204,9 +206,14 @@ def _blank(settings: Settings, entry: Entry, device: torch.device) -> ResultRow:
         reference_policy=settings.policy,
         device=device_name(device),
         versions=json.dumps(versions(), sort_keys=True),
-        **_references(ids, [reference.tier for reference in entry.references]),
+        **_of_entry(entry),
         **nothing,
     )
+
+
+def _of_entry(entry: Entry) -> dict[str, Any]:
+    references = entry.references
+    return _references([reference.name for reference in references], [reference.tier for reference in references])
 
 
 def _references(ids: Sequence[str], tiers: Sequence[str]) -> dict[str, Any]:

@@ -134,13 +134,25 @@ def test_published_numbers_stand_where_they_agree() -> None:
     assert [row[0] for row in without.rows] == ["a"]
 
 
+def test_a_reference_chosen_by_the_result_is_called_an_upper_bound() -> None:
+    first, best = run("a", [20.0], reference_policy="first"), run("b", [21.0], reference_policy="best")
+    assert any("an upper bound, not a result" in note for note in tables_of(summarise(first + best), [])[0].notes)
+    assert not any("upper bound" in note for note in tables_of(summarise(first), [])[0].notes)
+
+
+def test_control_characters_of_a_label_are_shown_not_sent() -> None:
+    rows = [dataclasses.replace(ROW, run_id=label, label=label) for label in ("\x1b[2Ja", "b\n")]
+    tables = tables_of(summarise(rows), differences(rows))
+    assert [table.rows[0][0] for table in tables] == [r"\x1b[2Ja", r"b\n - \x1b[2Ja"]
+
+
 def test_forms_of_a_table() -> None:
     table = Table(title="t_1", header=("name", "n"), rows=(("a_b|c & 50%", "1"), ("x", "22")), notes=("why",))
     text = as_text(table).splitlines()
     assert text[2] == "name         n" and text[4] == "a_b|c & 50%  1" and text[-1] == "why"
     assert "| a_b\\|c & 50% | 1 |" in as_markdown(table)
     latex = as_latex(table)
-    assert r"a\_b|c \& 50\% & 1 \\" in latex and latex.count("tabular") == 2
+    assert r"a\_b\textbar{}c \& 50\% & 1 \\" in latex and latex.count("tabular") == 2
     assert as_latex(dataclasses.replace(table, rows=(("\\x{~^", "1"),))).splitlines()[-3] == (
         r"\textbackslash{}x\{\textasciitilde{}\textasciicircum{} & 1 \\"
     )

@@ -105,7 +105,7 @@ def test_pictures_too_small_or_too_large(tmp_path: Path) -> None:
     assert isinstance(read("cufed5", tmp_path, "native")[0][1], Item)
     put(tmp_path / "001_0.png", 1, 15, 11)
     ((_, failure),) = read("cufed5", tmp_path)
-    assert "001: the target is 8x12, at least 12 pixels a side are needed" in str(failure)
+    assert "001: the target is 11x15, at least 12 pixels a side are needed" in str(failure)
 
 
 @pytest.mark.parametrize("name", ["0000_1234_o.jpg.png", "0078_a b.png"])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -329,6 +330,24 @@ def test_numbers_of_references_and_tiers(tmp_path: Path, tiny: Path) -> None:
     assert "mrefsr, 5 references, HML - each" in text and "1 each H,M,L" in text
 
 
+def test_a_reference_that_was_added_later(tmp_path: Path, tiny: Path) -> None:
+    """A row of other references than there are now is made again: nothing measured belongs to the wrong reference."""
+    group, out = tmp_path / "sets" / "a", tmp_path / "run"
+    group.mkdir(parents=True)
+    for number, name in enumerate(("target", "b", "c")):
+        (group / f"{name}.png").write_bytes(encode_png(picture(number)[:24, :24]))
+    words = ("--method", "mrefsr", "--weights", tiny)
+    each = (*words, "--label", "each", "--reference-policy", "each")
+    for arguments in (words, each):
+        run(tmp_path / "sets", out, *arguments)
+    (group / "a.png").write_bytes(encode_png(picture(3)[:24, :24]))
+    assert "1 rows, 1 of them new" in run(tmp_path / "sets", out, *words).stdout
+    assert "3 rows, 3 of them new" in run(tmp_path / "sets", out, *each).stdout
+    run(tmp_path / "sets", tmp_path / "anew", *each)
+    assert [row for row in plain(out) if row.label == "each"] == plain(tmp_path / "anew")
+    assert "1 rows, 0 of them new" in run(tmp_path / "sets", out, *words).stdout
+
+
 def test_bad_options(data: Path, tmp_path: Path, tiny: Path) -> None:
     out = tmp_path / "run"
     for arguments, message in (
@@ -419,6 +438,30 @@ def test_the_example_of_the_docs(data: Path, tmp_path: Path, monkeypatch: pytest
     found = names["means"].loc[("folder", "native", "again"), "psnr_y"]  # type: ignore[attr-defined]
     assert found == pytest.approx(means[0]["means"]["psnr_y"]["mean"])
     assert (names["gain"] == 0).all()  # type: ignore[attr-defined]
+    table = pd.read_parquet("RUN/results.parquet")
+    table.loc[table.label == "again", "psnr_y"] += 1
+    table.to_parquet("RUN/results.parquet")
+    exec(code, names)
+    assert names["gain"].to_numpy() == pytest.approx(1)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("label", None, "column label has rows without a value; it was altered"),
+        ("psnr_y", "much", "string, not double; it was altered"),
+        ("image_id", b"\xff", "binary, not string; it was altered"),
+    ],
+)
+def test_a_table_that_was_altered(data: Path, tmp_path: Path, column: str, value: object, message: str) -> None:
+    run(data, tmp_path / "run")
+    table = pd.read_parquet(tmp_path / "run" / TABLE)
+    table.assign(n_references=table.n_references.astype("int32")).to_parquet(tmp_path / "same.parquet")
+    assert read_results(tmp_path / "same.parquet") == read_results(tmp_path / "run")
+    table[column] = [value] * len(table)
+    table.to_parquet(tmp_path / "other.parquet")
+    said = call(results, tmp_path / "other.parquet").stderr
+    assert f"other.parquet: column {column} " in said and message in said
 
 
 def test_settings_decide_the_id(data: Path, tiny: Path) -> None:
