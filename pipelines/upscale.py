@@ -18,7 +18,7 @@ import click
 from lmr_tools.schema import LmrError
 
 from .progress import PLAIN_SECONDS, note
-from .upscale_jobs import Job, check_writable, plan_folder, plan_one
+from .upscale_jobs import Job, check_writable, left_over, plan_folder, plan_one
 
 if TYPE_CHECKING:
     from lmr_tools.schema import Image
@@ -84,6 +84,10 @@ def upscale(
     check_writable(out, matches)
     if target.is_dir():
         jobs = plan_folder(target, given, refs, out, matches)
+        for folder in (target, refs):
+            if folder is not None and (names := left_over(folder, jobs)):
+                more = ", ..." if len(names) > 5 else ""
+                note(f"{folder}: {len(names)} entries are no target's and not read: {', '.join(names[:5])}{more}")
     else:
         jobs = [plan_one(target, given, refs, out, matches, force)]
     todo = [job for job in jobs if force or not job.done()]

@@ -98,6 +98,13 @@ def references_of(stems: Iterable[str], refs: Path | None) -> dict[str, list[Pat
     return found
 
 
+def left_over(folder: Path, jobs: Sequence[Job]) -> list[str]:
+    """Names of what lies in `folder` and no job reads; results and hidden files aside."""
+    named = [path for job in jobs for path in (job.target, *job.references, job.out, job.matches) if path is not None]
+    known = {place for path in named for place in (path.resolve(), path.resolve().parent)}
+    return sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.resolve() not in known)
+
+
 def _all_references(given: Sequence[Path]) -> tuple[Path, ...]:
     found: list[Path] = []
     for path in given:

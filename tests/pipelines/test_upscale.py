@@ -158,6 +158,7 @@ def test_a_folder_of_pictures(folders: Path, weights: Path) -> None:
     result = run(targets, "--refs", refs, "--weights", weights, "-o", out, "--matches", folders / "matches")
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{out}: 3 made, 0 there already, 0 failed\n"
+    assert f"{targets}: 1 entries are no target's and not read: notes.txt\n" in result.stderr
     own = {
         "cat": [refs / "cat" / "x.png", refs / "cat_1.png"],
         "cat_two": [refs / "cat_two_1.png"],
@@ -215,6 +216,19 @@ def test_references_that_all_targets_share(folders: Path, weights: Path) -> None
     assert result.exit_code == 0
     references = [shared_reference, folders / "refs" / "dog" / "y.png"]
     assert np.array_equal(pixels(out / "dog.png"), expected(weights, targets / "dog.png", references))
+
+
+def test_what_no_target_reads_is_told(folders: Path, weights: Path) -> None:
+    """Misnamed references, and pictures of a format that is not read; results among them are not meant."""
+    targets, refs = folders / "targets", folders / "refs"
+    write(refs / "dgo" / "z.png", photo(24, 24, 15))
+    write(refs / "dog-2.png", photo(24, 24, 16))
+    (targets / "bird.bmp").touch()
+    result = run(targets, "--refs", refs, "--weights", weights, "-o", targets / "out", "--matches", refs / "matches")
+    assert f"{targets}: 2 entries are no target's and not read: bird.bmp, notes.txt\n" in result.stderr
+    assert f"{refs}: 3 entries are no target's and not read: dgo, dog-2.png, notes.txt\n" in result.stderr
+    again = run(targets, "--refs", refs, "--weights", weights, "-o", targets / "out", "--matches", refs / "matches")
+    assert "bird.bmp, notes.txt\n" in again.stderr and "dog-2.png, notes.txt\n" in again.stderr
 
 
 def test_a_reference_belongs_to_the_longest_name_that_fits(tmp_path: Path) -> None:
