@@ -111,7 +111,10 @@ def train_batches(
         )
     scenes = SceneMap(store.scenes)
     if rule.wrong_share and not scenes.elsewhere(0):
-        raise LmrError(f"{store.root}: wrong_share {rule.wrong_share}, but split {store.split} has one scene only")
+        raise LmrError(
+            f"{store.root}: wrong_share {rule.wrong_share}, but split {store.split} has one scene only; give "
+            "wrong_share=0"
+        )
     starts = itertools.count(position + rank * batch_size, batch_size * world_size)
     make = partial(_train_batch, store=store, rule=rule, seed=seed, scenes=scenes)
     lists = (range(start, start + batch_size) for start in starts)

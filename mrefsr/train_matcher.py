@@ -113,7 +113,8 @@ def train_matcher(
     goes on.
     """
     config, device = run.config, next(run.extractor.parameters()).device
-    _spare(show, LOG, partial(cut_log, folder / LOG, run.step))
+    # A run killed before its first checkpoint begins again, and measures step 0 again.
+    _spare(show, LOG, partial(cut_log, folder / LOG, run.step or -1))
     since, steps = time.perf_counter(), 0
     batches = pair_batches(train, config, run.step * config.batch)
     with closing(batches), StopRequest() as stop:

@@ -281,7 +281,7 @@ def test_bad_rules_are_refused(values: dict[str, Any], text: str) -> None:
 def test_wrong_references_need_a_second_scene(tmp_path: Path) -> None:
     dataset = paint_dataset(tmp_path / "d", train=2, val=2)
     assert take(2, dataset, rule=RULE, batch_size=2)
-    with pytest.raises(LmrError, match=r"wrong_share 0.4, but split train has one scene only"):
+    with pytest.raises(LmrError, match=r"wrong_share 0.4, but split train has one scene only; give wrong_share=0"):
         take(1, dataset, batch_size=2)
     with pytest.raises(LmrError, match="one scene only"):
         validation_batches(dataset, content="wrong")

@@ -167,6 +167,20 @@ def test_stopped_and_killed_runs_end_as_the_uninterrupted_one(dataset: Path, sta
     ]
 
 
+def test_a_run_killed_before_its_first_checkpoint_logs_its_start_once(
+    dataset: Path, start: Path, tmp_path: Path
+) -> None:
+    def kill() -> None:
+        raise Killed
+
+    short = {"steps": 2, "validate_pairs": 1}
+    with pytest.raises(Killed):
+        train(begin(start, **short), dataset, tmp_path / "run", Screen(1, kill))
+    assert train(begin(start, **short), dataset, tmp_path / "run")
+    logged = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    assert [record["step"] for record in logged if "within_1" in record] == [0, 2]
+
+
 def test_a_run_that_began_otherwise_is_refused_by_name(dataset: Path, start: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(begin(start, steps=2), dataset, folder)
