@@ -135,8 +135,9 @@ def _image(
         (at < len(ids)) & (ids[np.minimum(at, max(0, len(ids) - 1))] == own) if len(ids) else np.zeros(len(own), bool)
     )
     own, first, at = own[known], first[known], at[known]
-    depth = places[at] @ _third_row(rotation) + shift[2]
-    front = depth > 0
+    with np.errstate(all="ignore"):  # a point at no finite place has no depth
+        depth = places[at] @ _third_row(rotation) + shift[2]
+    front = (depth > 0) & np.isfinite(depth)
     chosen = observed[first[front]]
     return ModelImage(
         name=name,
@@ -200,6 +201,18 @@ def _cameras_bin(data: bytes) -> dict[int, Camera]:
     return found
 
 
+def _pose(
+    name: str, pose: list[Any], observed: npt.NDArray[np.void]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """(quaternion, translation) of an image; ValueError when they, or what it observes, are no finite numbers."""
+    values = np.array(pose, np.float64)
+    if values.shape != (7,) or not np.isfinite(values).all() or not values[:4].any():
+        raise ValueError(f"image {name} has no pose of seven numbers")
+    if not (np.isfinite(observed["x"]).all() and np.isfinite(observed["y"]).all()):
+        raise ValueError(f"image {name} observes a point at no finite place")
+    return values[:4], values[4:]
+
+
 def _images_bin(data: bytes) -> Iterator[tuple[str, int, Any, Any, npt.NDArray[np.void]]]:
     file = _Bytes(data)
     found = []
@@ -208,7 +221,7 @@ def _images_bin(data: bytes) -> Iterator[tuple[str, int, Any, Any, npt.NDArray[n
         (camera,) = file.take("i")
         name = file.text()
         observed = file.array(OBSERVATION, file.take("Q")[0])
-        found.append((name, camera, np.array(pose[:4]), np.array(pose[4:]), observed))
+        found.append((name, camera, *_pose(name, pose, observed), observed))
     return iter(found)
 
 
@@ -255,8 +268,7 @@ def _images_txt(data: bytes) -> Iterator[tuple[str, int, Any, Any, npt.NDArray[n
         values = np.array(tail.split(), np.float64).reshape(-1, 3)
         observed = np.zeros(len(values), OBSERVATION)
         observed["x"], observed["y"], observed["point"] = values.T
-        quaternion, shift = np.array(pose[:4], np.float64), np.array(pose[4:], np.float64)
-        found.append((name.strip(), int(camera), quaternion, shift, observed))
+        found.append((name.strip(), int(camera), *_pose(name.strip(), pose, observed), observed))
     return iter(found)
 
 

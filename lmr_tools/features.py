@@ -152,15 +152,15 @@ def pack_arrays(kind: str, numbers: Mapping[str, Any], arrays: Mapping[str, npt.
 def unpack_arrays(kind: str, data: bytes) -> dict[str, Any]:
     """Numbers and arrays of `pack_arrays` in one dict; raises LmrError unless every byte is as written."""
     if len(data) < _HEAD.size or data[:4] != _MAGIC:
-        raise LmrError(f"stored {kind}: not written by this program; remove the file to compute it again")
+        raise LmrError(f"stored {kind}: not written by this program")
     _, header_bytes, checksum = _HEAD.unpack_from(data)
     body = memoryview(data)[_HEAD.size :]
     if zlib.crc32(body, header_bytes) != checksum:
-        raise LmrError(f"stored {kind}: damaged (checksum differs); remove the file to compute it again")
+        raise LmrError(f"stored {kind}: damaged (checksum differs)")
     header = json.loads(bytes(body[:header_bytes]))
     if header["kind"] != kind or header["version"] != _VERSION:
         found = f"{header['kind']} of version {header['version']}"
-        raise LmrError(f"stored {kind}: this is {found}, expected version {_VERSION}; remove the file")
+        raise LmrError(f"stored {kind}: this is {found}, expected version {_VERSION}")
     values: dict[str, Any] = dict(header["numbers"])
     at = header_bytes
     for name, code, shape in header["arrays"]:

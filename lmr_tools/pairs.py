@@ -182,6 +182,8 @@ def _observations(store: PairStore, sha256: str) -> Observations:
         return observations_from_bytes(path.read_bytes())
     except FileNotFoundError:
         raise LmrError(f"{path}: the observations are gone; run the build again") from None
+    except LmrError as error:
+        raise LmrError(f"{path}: {error}; delete this file and run the build again") from None
 
 
 def _measure(store: PairStore, a: str, b: str) -> PairGeometry:

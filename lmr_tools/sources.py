@@ -318,5 +318,8 @@ def read_photo(sources: Sequence[Source], row: ImageRow, *, enough: int | None =
     """
     data = read_bytes(sources, row)
     if hashlib.sha256(data).hexdigest() != row.sha256:
-        raise LmrError(f"{row.path}: the file changed since it was scanned; run the build again")
+        raise LmrError(
+            f"{row.path}: the file changed since it was scanned; run the build again, with --rehash if the file kept "
+            "its size and time"
+        )
     return decode(data, enough=enough)

@@ -154,7 +154,15 @@ def append_piece(folder: Path, rows: list[Row], row_type: type[Row]) -> None:
     write_rows(next_piece(folder), rows, row_type)
 
 
+def read_piece(path: Path) -> pa.Table:
+    """One piece as a table; a damaged one is an LmrError that says how to go on."""
+    try:
+        return read_table(path)
+    except LmrError as error:
+        raise LmrError(f"{error}; delete this file and run the command again, it is made anew") from None
+
+
 def read_pieces(folder: Path, row_type: type[Row]) -> Iterator[Row]:
     """All rows of a folder written by `append_piece`, oldest first."""
     for path in sorted(folder.glob("*.parquet")):
-        yield from read_rows(path, row_type)
+        yield from rows_of(read_piece(path), row_type, str(path))

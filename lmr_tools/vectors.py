@@ -20,7 +20,7 @@ from lmr_tools.dedup import reject
 from lmr_tools.embed import Embedder, embed_photos, enough_pixels
 from lmr_tools.schema import ImageRow, LmrError, RejectRow, embedding_schema
 from lmr_tools.sources import Source, read_photo
-from lmr_tools.tables import ROW_GROUP, next_piece, read_table, write_table
+from lmr_tools.tables import ROW_GROUP, next_piece, read_piece, write_table
 from lmr_tools.workers import Mapper, Tracker
 
 PIECE = 256
@@ -74,7 +74,7 @@ def embed_all(
 def _known(folder: Path, place: dict[str, int], vectors: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
     known = np.zeros(len(vectors), bool)
     for path in sorted(folder.glob("*.parquet")):
-        table = read_table(path)
+        table = read_piece(path)
         numbers = np.array([place.get(sha256, -1) for sha256 in table["image_id"].to_pylist()])
         wanted = numbers >= 0
         vectors[numbers[wanted], table["view"].to_numpy()[wanted]] = _array(table, vectors.shape[2])[wanted]

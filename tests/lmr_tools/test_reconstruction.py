@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from lmr_tools.observations import (
     observations_to_bytes,
     observe,
 )
+from lmr_tools.pairs import PairStore, observation_file, verify_all
 from lmr_tools.schema import LmrError
 
 from .reconstruction_fixture import FOCAL, HEIGHT, WIDTH, Seen, camera_of_view, observed, write_binary, write_text
@@ -168,6 +170,17 @@ def test_bytes_come_back(truth: tuple, tmp_path: Path) -> None:
     assert all(np.array_equal(getattr(again, name), getattr(value, name)) for name in value.__dict__)
 
 
+def test_a_damaged_work_file_is_named_with_the_way_out(tmp_path: Path) -> None:
+    store = PairStore(work=tmp_path, max_side=800, max_features=2000, model="m")
+    rows = [SimpleNamespace(sha256="a" * 64), SimpleNamespace(sha256="b" * 64)]
+    for photo in rows:
+        path = observation_file(store, photo.sha256)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
+    with pytest.raises(LmrError, match=r"\.points: .*; delete this file and run the build again"):
+        list(verify_all(rows, np.array([[1], [0]], np.int32), store, map))  # type: ignore[arg-type]
+
+
 def test_photos_are_named_without_doubt_or_not_at_all() -> None:
     def model(folder: str, *names: str) -> Model:
         images = [SimpleNamespace(name=name) for name in names]
@@ -207,6 +220,36 @@ def test_damage_is_told_with_the_file(truth: tuple, tmp_path: Path, name: str, w
         path.write_bytes(b"\xff" * 7 + b"\x7f" + data[8:])
         with pytest.raises(LmrError, match=f"{name}{suffix}: damaged"):
             read_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("1 1.0 0.0", "1 0.0"), (" 7 ", " nan 7 "), ("3.0 4.0 -1", "3.0 inf -1")],
+    ids=["fields missing", "field too much", "observed nowhere"],
+)
+def test_a_pose_that_is_none_is_damage(truth: tuple, tmp_path: Path, old: str, new: str) -> None:
+    cameras, points = truth
+    write_text(tmp_path, [replace(cameras[0], turn=0.0)], points)
+    path = tmp_path / "images.txt"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(LmrError, match=r"images.txt: damaged"):
+        read_model(tmp_path)
+
+
+def test_a_point_at_no_finite_place_is_not_seen(truth: tuple, tmp_path: Path) -> None:
+    write_text(tmp_path, *truth)
+    whole = read_model(tmp_path)
+    path = tmp_path / "points3D.txt"
+    lines = path.read_text().splitlines()
+    at = next(n for n, line in enumerate(lines) if not line.startswith("#"))
+    name = lines[at].split()[0]
+    lines[at] = f"{name} nan inf 0 " + lines[at].split(maxsplit=4)[4]
+    path.write_text("\n".join(lines))
+    for before, image in zip(whole.images, read_model(tmp_path).images, strict=True):
+        assert set(before.ids) - {int(name)} == set(image.ids)
+        assert np.isfinite(image.depth).all()
 
 
 def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:

@@ -61,6 +61,14 @@ def test_damage_and_foreign_tables_are_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "none.parquet", RejectRow)
 
 
+def test_a_damaged_piece_names_the_way_out(tmp_path: Path) -> None:
+    append_piece(tmp_path, rows(2), RejectRow)
+    (piece,) = tmp_path.iterdir()
+    piece.write_bytes(piece.read_bytes()[:100])
+    with pytest.raises(LmrError, match=r"000000.parquet: .*; delete this file and run the command again"):
+        list(read_pieces(tmp_path, RejectRow))
+
+
 def test_pieces_only_grow(tmp_path: Path) -> None:
     append_piece(tmp_path, rows(2), RejectRow)
     append_piece(tmp_path, rows(3), RejectRow)
