@@ -112,9 +112,9 @@ def _look(
     drawn = config.pictures > 0 and watch.spare("sample pictures", lambda: draw_sheet(sheet, scored, training.step))
     watch.validation(mean, sheet if drawn else None)
     if training.best is None or mean["psnr"] > training.best:
-        training.best = mean["psnr"]
         about = provenance | {"steps": training.step, "validation": mean}
-        watch.spare(f"the best model ({BEST})", lambda: save_model(run / BEST, training.averaged, about))
+        if watch.spare(f"the best model ({BEST})", lambda: save_model(run / BEST, training.averaged, about)):
+            training.best = mean["psnr"]  # else the next one that is written is the best there is
 
 
 def _save(training: Training, run: Path, facts: dict[str, Any], watch: Watch) -> None:

@@ -376,6 +376,23 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
     assert (tmp_path / train.FINAL).exists()
 
 
+def test_the_best_model_is_the_best_that_could_be_written(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, real = iter([30.0, 29.0, 28.0]), train.save_model
+
+    def full(path: Path, model: Any, provenance: dict[str, Any]) -> None:
+        if provenance["steps"] == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, model, provenance)
+
+    monkeypatch.setattr(train, "means", lambda scored: means(scored) | {"psnr": next(scores)})
+    monkeypatch.setattr(train, "save_model", full)
+    training = begin(steps=3, validate_every=1, validate_groups=1, pictures=0)
+    assert run(training, dataset, tmp_path) and training.best == 29.0
+    assert load_checkpoint(tmp_path / train.BEST).provenance["steps"] == 2
+
+
 def test_torch_tells_of_a_full_disk(tmp_path: Path) -> None:
     """Its writer hides the reason behind a RuntimeError; /dev/full is a disk without room."""
     if not Path("/dev/full").exists():
