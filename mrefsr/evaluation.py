@@ -276,3 +276,12 @@ def rescore(
             write_row(run, job.name, scored)
             count += 1
     return count
+
+
+def fail_lost(run: Path, settings: Settings, jobs: Sequence[Job]) -> None:
+    """Make failed ones of a run's rows that none of `jobs`, all of it, asks for any more."""
+    names = {job.name for job in jobs}
+    for path in sorted(row_path(run, settings.run_id, "-").parent.glob("*.json")):
+        row = read_row(path)
+        if path.stem not in names and row is not None:
+            write_row(run, path.stem, dataclasses.replace(row, failure="the test set does not hold it any more"))

@@ -223,7 +223,7 @@ def _rescore(run: Path, data: Path | None, metrics: list[str], device: str, as_j
     import dataclasses
 
     from lmr_tools.results import check_run, merge, read_settings
-    from mrefsr.evaluation import load_metrics, rescore
+    from mrefsr.evaluation import fail_lost, load_metrics, rescore
     from mrefsr.evaluation_plan import load_settings, plan_jobs, plan_run
 
     check_run(run)
@@ -232,7 +232,9 @@ def _rescore(run: Path, data: Path | None, metrics: list[str], device: str, as_j
     for run_id in read_settings(run):
         settings = load_settings(run, run_id)
         place = dataclasses.replace(settings, data=str(data)) if data else settings
-        counts[run_id] = rescore(run, settings, plan_jobs(settings, plan_run(place), None), compare, track)
+        jobs = plan_jobs(settings, plan_run(place), None)
+        counts[run_id] = rescore(run, settings, jobs, compare, track)
+        fail_lost(run, settings, jobs)
     rows = merge(run)
     if as_json:
         click.echo(json.dumps({"run": str(run), "rescored": counts, "rows": len(rows)}, indent=2))

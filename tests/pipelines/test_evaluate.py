@@ -270,6 +270,12 @@ def test_scoring_again(data: Path, tmp_path: Path) -> None:
     moved = data.rename(data.with_name("moved"))
     assert "no such folder" in call(evaluate, "--rescore", out, "--metrics", SOME).output
     assert call(evaluate, "--rescore", out, "--metrics", SOME, "--data", moved).exit_code == 0
+    gone = (moved / "p3.png").rename(moved / "p3.txt")
+    result = call(evaluate, "--rescore", out, "--metrics", SOME, "--data", moved)
+    assert result.exit_code == 3 and "p3: failed, the test set does not hold it any more" in result.stderr
+    gone.rename(moved / "p3.png")
+    assert call(evaluate, "--rescore", out, "--metrics", SOME, "--data", moved).exit_code == 0
+    assert plain(out)[:2] == before[:2] and plain(out)[3] == before[3]
 
 
 def test_a_metric_is_added_from_the_pictures(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
