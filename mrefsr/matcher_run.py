@@ -16,7 +16,7 @@ from mrefsr.checkpoints import load_checkpoint, load_matcher
 from mrefsr.correspondence import PairRule
 from mrefsr.features import MatchingExtractor, load_imagenet_extractor
 from mrefsr.run_folder import states_folder
-from mrefsr.training_state import checkpoints
+from mrefsr.training_state import checkpoints, insist_on_steps_left
 
 FORMAT, VERSION = "lmr-matcher-run", 1
 STAGES = ("teacher", "student")
@@ -150,3 +150,4 @@ def _load(path: Path, run: MatcherRun) -> None:
         raise LmrError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to go on from an earlier one"
         ) from None
+    insist_on_steps_left(path, run.step, run.config.steps)

@@ -210,3 +210,10 @@ def load_state(path: Path, training: Training, facts: dict[str, Any]) -> None:
         training.step, training.best = int(state["step"]), state["best"]
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise LmrError(f"{path}: does not fit this version of the network ({str(error)[:200]})") from None
+    insist_on_steps_left(path, training.step, training.config.steps)
+
+
+def insist_on_steps_left(path: Path, done: int, asked: int) -> None:
+    """LmrError when a checkpoint is beyond the end of the recipe with which its run is to go on."""
+    if done > asked:
+        raise LmrError(f"{path}: has {done} steps behind it, more than the {asked} asked for; use another --out")

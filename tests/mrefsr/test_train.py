@@ -430,3 +430,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         load_state(path, begin(crop=48), FACTS)
     with pytest.raises(LmrError, match=r"began with another dataset \(d, now e\)"):
         load_state(path, begin(), {"dataset": "e"})
+    constant = begin(schedule="constant")  # else its number of steps may not change at all
+    constant.step = 4
+    save_state(path, to_dict(constant, FACTS))
+    with pytest.raises(LmrError, match="has 4 steps behind it, more than the 3 asked for; use another --out"):
+        load_state(path, begin(schedule="constant", steps=3), FACTS)

@@ -193,6 +193,8 @@ def test_a_run_that_began_otherwise_is_refused_by_name(dataset: Path, start: Pat
     longer = begin(start, steps=3)
     go_on(folder, longer, FACTS, "auto")
     assert longer.step == 2
+    with pytest.raises(LmrError, match="has 2 steps behind it, more than the 1 asked for"):
+        go_on(folder, begin(start, steps=1), FACTS, "auto")
     (folder / "checkpoints" / "step-000000002.pt").write_bytes(b"PK cut")
     with pytest.raises(LmrError, match=r"step-000000002\.pt: not a readable checkpoint"):
         go_on(folder, begin(start), FACTS, "auto")
