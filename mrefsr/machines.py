@@ -202,16 +202,22 @@ def start(command: Sequence[str], count: int, threads: int) -> int:
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     deadline = None
+    ended_here: set[int] = set()
     while any(process.poll() is None for process in processes):
         failed = [process for process in processes if process.poll() not in (None, 0)]
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() > deadline:
-            for process in processes:
+            for rank, process in enumerate(processes):
                 if process.poll() is None:
+                    ended_here.add(rank)
                     process.kill()
         time.sleep(0.1)
+    for rank, process in enumerate(processes):
+        if process.returncode == -signal.SIGKILL and rank not in ended_here:
+            print(f"process {rank} was killed; was memory short?", file=sys.stderr)
     codes = [process.returncode for process in processes if process.returncode]
     own = [code for code in codes if code not in (PEER_LOST, -signal.SIGKILL)]
-    code = (own or codes or [0])[0]
-    return code if code >= 0 else 128 - code
+    if not own:
+        return 1 if codes else 0
+    return own[0] if own[0] >= 0 else 128 - own[0]
