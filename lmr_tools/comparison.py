@@ -72,8 +72,13 @@ class Difference:
 
 
 def summarise(rows: Sequence[ResultRow]) -> list[RunSummary]:
-    """One summary a run, in the order in which the rows come."""
+    """One summary a run, in the order in which the rows come.
+
+    LmrError when a run has two results of one picture, as the folders of two evaluations with equal settings do.
+    """
     runs = _by_run(rows)
+    for run in runs.values():
+        _insist_on_one_result(run)
     names = name_testsets(runs)
     return [_summary(run, names[run_id]) for run_id, run in runs.items()]
 
@@ -140,6 +145,20 @@ def _by_run(rows: Iterable[ResultRow]) -> dict[str, list[ResultRow]]:
     for row in rows:
         runs.setdefault(row.run_id, []).append(row)
     return runs
+
+
+def _insist_on_one_result(run: Sequence[ResultRow]) -> None:
+    found: dict[tuple[str, ...], ResultRow] = {}
+    for row in run:
+        if row.failure is None:
+            references = row.reference_ids if row.reference_policy == "each" else ""
+            other = found.setdefault((row.image_id, str(row.target_sha256), references), row)
+            values = [(getattr(row, metric), getattr(other, metric)) for metric in METRICS]
+            if other is not row and any(a != b and a is not None and b is not None for a, b in values):
+                raise LmrError(
+                    f"run {row.run_id} ({row.label}): {row.image_id} has two results; give one of the folders that "
+                    "hold the run, or evaluate one of them under another --label"
+                )
 
 
 def _summary(run: Sequence[ResultRow], testset: str) -> RunSummary:

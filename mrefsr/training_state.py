@@ -197,7 +197,10 @@ def load_state(path: Path, training: Training, facts: dict[str, Any]) -> None:
     refuse_changes(path, state["recipe"], training.config)
     for key, value in state["facts"].items():
         if facts.get(key) != value:
-            raise LmrError(f"{path}: the run began with another {key} ({value}, now {facts.get(key)})")
+            now = facts.get(key)
+            raise LmrError(
+                f"{path}: the run began with another {key} ({value}, now {now}); use the same, or another --out"
+            )
     try:
         training.model.network.load_state_dict(state["network"])
         if training.averaged is not training.model:

@@ -115,6 +115,15 @@ def test_a_picture_with_several_rows_counts_once() -> None:
     assert summary.references == "1" and summary.policy == "each"
 
 
+def test_two_results_of_one_picture_are_not_averaged() -> None:
+    once, again = run("a", [20.0, 21.0]), run("a", [20.0, 21.0], seconds=9.0, ssim_y=None)
+    (summary,) = summarise(once + again)
+    assert summary.images == 2 and summary.means["psnr_y"].mean == 20.5
+    with pytest.raises(LmrError, match=r"run a \(a\): 001 has two results; give one of the folders"):
+        summarise(once + run("a", [20.0, 21.5]))
+    assert summarise(once + run("a", [0.0, 0.0], failure="broken"))[0].failed == 2
+
+
 def test_published_numbers() -> None:
     assert published_results("cufed5", "official")["MRefSR-rec"] == (28.94, 0.860)
     assert published_results("lmr", "official")["GeoRef-rec (2026)"] == (31.84, 0.896)

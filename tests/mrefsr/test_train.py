@@ -428,7 +428,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     save_state(path, to_dict(begin(), FACTS))
     with pytest.raises(LmrError, match="crop was 32 and is 48"):
         load_state(path, begin(crop=48), FACTS)
-    with pytest.raises(LmrError, match=r"began with another dataset \(d, now e\)"):
+    with pytest.raises(LmrError, match=r"began with another dataset \(d, now e\); use the same"):
         load_state(path, begin(), {"dataset": "e"})
     constant = begin(schedule="constant")  # else its number of steps may not change at all
     constant.step = 4
