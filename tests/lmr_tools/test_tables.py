@@ -1,5 +1,6 @@
 """Files are whole or not there; rows come back as they went in; a foreign table is refused."""
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         write_rows(path, breaking(), RejectRow)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    with pytest.raises(OSError, match=r"rows\.parquet") as error, atomic_path(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(path)
 
 
 def test_damage_and_foreign_tables_are_named(tmp_path: Path) -> None:
