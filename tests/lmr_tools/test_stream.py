@@ -177,12 +177,14 @@ def test_passing_errors_are_tried_again(sound: Path, url: str, failing: Callable
 
 def test_a_stuck_read_is_left_behind_and_made_again(sound: Path, url: str, failing: Callable[..., list[int]]) -> None:
     store = open_samples(upload(sound, url), "train", tries=3, pause=0)
+    # On a busy machine a call that is not stuck may take longer than so short a limit, too.
+    patient = dataclasses.replace(store, files=dataclasses.replace(store.files, limit=0.2, tries=100))
     store = dataclasses.replace(store, files=dataclasses.replace(store.files, limit=0.2))
     go_on = threading.Event()
     calls = failing("cat_ranges", [lambda found: go_on.wait(60) and found])
     try:
-        assert [s.group_id for s in store.read([0])] == ["g00"]
-        assert len(calls) == 2
+        assert [s.group_id for s in patient.read([0])] == ["g00"]
+        assert len(calls) >= 2
         failing("cat_ranges", [lambda found: go_on.wait(60) and found] * 3)
         with pytest.raises(LmrError, match=r"sample g00: can not be read \(TimeoutError: no answer in 0.2 s\)"):
             store.read([0])

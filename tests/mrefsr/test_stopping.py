@@ -30,7 +30,7 @@ with StopRequest() as stop:
 
 def run(first: str, second: str, before: str) -> subprocess.CompletedProcess[str]:
     program = CHILD.format(first=first, second=second, before=before)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def start(torch_home: Path, words: list[str], launcher: Sequence[str] = (), **op
 
 
 def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=900)[0]
     assert process.returncode == code, output
     return output
 
