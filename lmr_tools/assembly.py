@@ -40,11 +40,16 @@ def claim_new(out: Path, made_by: Mapping[str, Any]) -> Iterator[None]:
     receipt = work_folder(out) / MADE_BY
     if (out / MANIFEST).exists():
         raise LmrError(f"{out}: holds a dataset already; name a new folder")
-    if (out / DATASET_MARKER).exists() and (not receipt.is_file() or read_json(receipt) != made_by):
+    if (out / DATASET_MARKER).exists() and (read_json(receipt) != made_by if receipt.is_file() else _holds_work(out)):
         raise LmrError(f"{out}: holds an unfinished dataset of another command or other inputs; name a new folder")
     with claim(out):
         write_json(receipt, made_by)
         yield
+
+
+def _holds_work(out: Path) -> bool:
+    """Whether a claimed folder holds anything yet; a full disk or a kill may have come before its receipt."""
+    return any(path.is_file() and path.name != DATASET_MARKER and path.suffix != ".tmp" for path in out.rglob("*"))
 
 
 def refuse_others(out: Path) -> None:

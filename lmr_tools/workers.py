@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from lmr_tools.schema import LmrError
@@ -69,6 +71,22 @@ def _start_worker() -> None:
     cv2.setNumThreads(1)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started here never see SIGINT: Ctrl-C goes to all of them, and the one that started them ends them.
+
+    Else each would end in a traceback of its own, also from the middle of its imports.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class ProcessMapper:
     """`Mapper` over `workers` spawned processes (1: in this process); use it as a context manager.
 
@@ -107,8 +125,9 @@ class ProcessMapper:
         pool, remaining = self._pool, iter(items)
         flying: deque[Future[Result]] = deque()
         try:
-            for item in itertools.islice(remaining, 4 * self.workers):
-                flying.append(pool.submit(function, item))
+            with _interrupts_held():
+                for item in itertools.islice(remaining, 4 * self.workers):
+                    flying.append(pool.submit(function, item))
             while flying:
                 result = flying.popleft().result()
                 for item in itertools.islice(remaining, 1):

@@ -53,6 +53,17 @@ def test_only_workers_are_told_to_use_one_thread(monkeypatch: pytest.MonkeyPatch
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+def blocked(_: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="POSIX only")
+def test_an_interrupt_of_the_whole_group_is_the_parents_alone() -> None:
+    with ProcessMapper(2) as mapper:
+        assert set(mapper(blocked, range(6))) == {True}
+        assert not blocked(0)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_of_a_worker_arrives_as_it_was(workers: int) -> None:
     with ProcessMapper(workers) as mapper, pytest.raises(LmrError, match=r"^0\.jpg: gone$"):

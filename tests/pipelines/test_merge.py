@@ -186,6 +186,19 @@ def test_a_stopped_merge_goes_on(parts: tuple[Path, Path], tmp_path: Path, monke
     assert bytes_of(tmp_path / "fresh") == bytes_of(tmp_path / "out")
 
 
+def test_a_merge_that_could_not_even_begin_goes_on(
+    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lmr_tools.assembly.write_json", full)
+        assert "the disk is full" in lmr("merge", *parts, "--out", tmp_path / "out").output
+    assert (tmp_path / "out" / ".lmr-dataset").exists()
+    assert lmr("merge", *parts, "--out", tmp_path / "out", "--workers", 1).exit_code == 0
+
+
 def test_what_can_not_be_merged_is_told(parts: tuple[Path, Path], tmp_path: Path) -> None:
     assert lmr("merge", parts[0], "--out", tmp_path / "x").exit_code == 2
     write_photos(tmp_path / "photos", places=2, views=4)
