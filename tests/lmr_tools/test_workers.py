@@ -106,5 +106,5 @@ def test_workers_do_not_outlive_a_killed_build(tmp_path: Path) -> None:
     assert workers
     process.kill()
     process.communicate()
-    _, left = psutil.wait_procs(workers, timeout=60)
+    _, left = psutil.wait_procs(workers, timeout=900)
     assert not [worker for worker in left if worker.status() != psutil.STATUS_ZOMBIE]
