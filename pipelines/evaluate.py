@@ -123,6 +123,8 @@ def evaluate(
 
     Exit code: 0 when every target has its numbers, 3 when some have not.
     """
+    if not metrics:
+        raise click.UsageError(f"--metrics names none of {', '.join(METRICS)}")
     if rescore is not None:
         if method or benchmark or out:
             raise click.UsageError("--rescore takes what it needs from RUN: leave out --method, --benchmark and --out")

@@ -371,6 +371,7 @@ def test_bad_options(data: Path, tmp_path: Path, tiny: Path) -> None:
         (("--references", "3..1"), "give a number, such as 5, or a range"),
         (("--share", "3/2"), "write K/N"),
         (("--metrics", "psnr"), "'psnr' is none of psnr_rgb"),
+        (("--metrics", ","), "--metrics names none of psnr_rgb"),
         (("--rescore", out), "leave out --method"),
     ):
         assert message in run(data, out, *arguments, code=2).stderr
