@@ -25,6 +25,8 @@ MAX_BYTES = 512 * 2**20
 MAX_PIXELS = 200_000_000
 MAX_ASPECT = 20
 LONGEST_REASON = 120
+if PilImage.MAX_IMAGE_PIXELS is not None:  # Pillow itself refuses twice this number, which phones' 200 megapixels pass
+    PilImage.MAX_IMAGE_PIXELS = max(PilImage.MAX_IMAGE_PIXELS, MAX_PIXELS // 2)
 
 
 class BadImage(LmrError):

@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -107,6 +109,19 @@ def test_animation_bomb_and_ribbon_are_refused_before_decoding() -> None:
         with pytest.raises(BadImage) as caught:
             decode(data)
         assert caught.value.reason == reason
+
+
+def test_the_pixel_limit_is_the_one_that_is_told() -> None:
+    def headed(width: int, height: int) -> bytes:
+        head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+        body = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+        return body + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+    for side, reason in ((14100, "broken"), (14200, "too many pixels")):  # 199 and 202 megapixels
+        with pytest.raises(BadImage) as caught:
+            decode(headed(side, side))
+        assert caught.value.reason == reason
+    assert "200000000" in caught.value.detail
 
 
 def test_a_refusal_survives_the_way_back_from_a_worker() -> None:
