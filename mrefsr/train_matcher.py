@@ -120,7 +120,8 @@ def train_matcher(
     with closing(batches), StopRequest() as stop:
         if run.step == 0:
             look(run, held_out, folder, show)
-        while run.step < config.steps and not stop.asked:
+        stopping = False
+        while run.step < config.steps and not stopping:
             loss, parts = step_loss(run, next(batches).to(device))
             run.optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -138,7 +139,8 @@ def train_matcher(
                 _log(show, folder, {"step": run.step, "loss": loss.item(), **record})
             if ending or run.step % config.validate_every == 0:
                 look(run, held_out, folder, show)
-            if ending or stop.asked or run.step % config.checkpoint_every == 0:
+            stopping = stop.asked  # asked once: who stops has saved
+            if ending or stopping or run.step % config.checkpoint_every == 0:
                 path = states_folder(folder) / NAME.format(run.step)
                 if _spare(show, f"checkpoint {path.name}", partial(save_state, path, to_dict(run, facts))):
                     drop_old(states_folder(folder), config.keep)

@@ -23,6 +23,7 @@ from mrefsr.features import MatchingExtractor
 from mrefsr.matcher_run import MatcherConfig, MatcherRun, go_on, new_run
 from mrefsr.model import new_model
 from mrefsr.sampling import Draws, sample_at
+from mrefsr.stopping import StopRequest
 from mrefsr.train_matcher import RESULT, pair_batches, shares_within, step_loss, train_matcher
 from mrefsr.watch import LOG
 from tests.lmr_tools.painted_dataset import paint_dataset
@@ -165,6 +166,30 @@ def test_stopped_and_killed_runs_end_as_the_uninterrupted_one(dataset: Path, sta
         "step-000000002.pt",
         "step-000000004.pt",
     ]
+
+
+@pytest.mark.parametrize("read", range(1, 4))
+def test_a_stop_at_any_moment_finds_its_step_saved(
+    dataset: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: int
+) -> None:
+    class Stop(StopRequest):
+        """Asked for from the given look at it on."""
+
+        looks = 0
+
+        @property
+        def asked(self) -> bool:
+            self.looks += 1
+            return self.looks >= read
+
+        @asked.setter
+        def asked(self, value: bool) -> None:
+            pass
+
+    monkeypatch.setattr(module, "StopRequest", Stop)
+    stopped = begin(start, checkpoint_every=100)
+    assert not train(stopped, dataset, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped.step:09d}.pt").is_file()
 
 
 def test_a_run_killed_before_its_first_checkpoint_logs_its_start_once(
