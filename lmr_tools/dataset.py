@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmr_tools.schema import LmrError
-from lmr_tools.sources import DATASET_MARKER
+from lmr_tools.sources import DATASET_MARKER, is_utf8
 from lmr_tools.tables import read_json, sha256_file, write_json
 
 FORMAT = "lmr-dataset"
@@ -48,6 +48,8 @@ def table_path(dataset: Path, name: str) -> Path:
 @contextmanager
 def claim(dataset: Path) -> Iterator[None]:
     """Take a folder for writing a dataset, against other writers; LmrError when it holds something else."""
+    if not is_utf8(str(dataset)):
+        raise LmrError(f"{dataset}: the path is not UTF-8; name another folder for the dataset")
     if dataset.exists() and not dataset.is_dir():
         raise LmrError(f"{dataset}: is a file; name a folder for the dataset")
     marker = dataset / DATASET_MARKER

@@ -67,6 +67,9 @@ class Listing:
 
 def parse_source(text: str) -> Source:
     """A command-line SOURCE as a `Source`; raises LmrError when nothing is there. Its `given` holds no secrets."""
+    if not is_utf8(text):
+        # dataset.json names the sources; told at its end, a long build would be lost.
+        raise LmrError(f"{text}: the path is not UTF-8; rename the folder, or name a link to it")
     if "://" in text:
         shown = without_secrets(text, place=True)
         wild = any(mark in text for mark in "*?[")
@@ -99,7 +102,7 @@ def list_photos(sources: Sequence[Source]) -> Listing:
         for path, size, stamp in sorted(set(files)):  # a glob may name a folder and what is in it
             file = Found(source=number, path=path, offset=None, bytes=size, stamp=stamp)
             suffix = PurePosixPath(path).suffix.lower()
-            if not _is_utf8(path):
+            if not is_utf8(path):
                 shown = path.encode("utf-8", "backslashreplace").decode()
                 named = Found(source=number, path=shown, offset=None, bytes=size, stamp=stamp)
                 refused.append((named, "name", "the file name is not UTF-8; rename it"))
@@ -126,7 +129,8 @@ def _unsupported(suffix: str) -> tuple[str, str]:
     return "unsupported format", f"{suffix} is not read; convert it to JPEG or PNG"
 
 
-def _is_utf8(path: str) -> bool:
+def is_utf8(path: str) -> bool:
+    """Whether a path can be written into tables and JSON; file systems hold names that can not."""
     try:
         path.encode()
     except UnicodeEncodeError:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image as PilImage
 
 from lmr_tools import dedup
+from lmr_tools.dataset import claim
 from lmr_tools.images import encode_png
 from lmr_tools.scan import Scan, perceptual_hash, quality, scan
 from lmr_tools.schema import LmrError
@@ -105,6 +106,14 @@ def test_tar_members_are_read_by_offset_and_a_cut_tar_is_named(tmp_path: Path) -
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     cut = look(path, work=tmp_path / "work")
     assert [(row.path, row.reason) for row in cut.rejects if row.path == "crawl.tar"] == [("crawl.tar", "broken tar")]
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(LmrError, match="the path is not UTF-8"):
+        parse_source(f"{tmp_path}/\udcff")
+    with pytest.raises(LmrError, match="the path is not UTF-8"), claim(tmp_path / "\udcff"):
+        pass
+    assert not any(tmp_path.iterdir())
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> list[int]:
