@@ -126,9 +126,11 @@ def go_on(folder: Path, run: MatcherRun, facts: dict[str, Any], resume: str) -> 
     if found and resume == "never":
         raise LmrError(f"{folder}: holds a run of {found[-1].stem}; go on with --resume auto, or use another --out")
     path, recipe = folder / "recipe.json", dataclasses.asdict(run.config)
-    if path.exists() and found:
+    if found:
         began = read_json(path)
-        if not isinstance(began, dict) or began.get("format") != FORMAT or began.get("version") != VERSION:
+        parts = [began.get(name) for name in ("recipe", "facts")] if isinstance(began, dict) else [None]
+        whole = all(isinstance(part, dict) for part in parts)
+        if not whole or began.get("format") != FORMAT or began.get("version") != VERSION:
             raise LmrError(f"{folder}: holds another run than one of lmr train-matcher; use another --out")
         then, now = {**began["recipe"], **began["facts"]}, {**recipe, **facts}
         changed = [key for key in now if key not in FREE and then.get(key) != now[key]]

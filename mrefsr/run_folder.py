@@ -63,7 +63,9 @@ def begin_or_go_on(run: Path, resume: str, preset: str, config: TrainConfig, dat
         raise LmrError(f"--resume {start}: no such checkpoint; give auto, never or a file of {states_folder(run)}")
     if path.exists() and (found or start is not None):
         began = read_json(path)
-        if not isinstance(began, dict) or began.get("format") != FORMAT or began.get("version") != VERSION:
+        parts = [began.get(name) for name in ("recipe", "dataset")] if isinstance(began, dict) else [None]
+        whole = all(isinstance(part, dict) for part in parts)
+        if not whole or began.get("format") != FORMAT or began.get("version") != VERSION:
             raise LmrError(f"{path}: not the recipe of a run of this version; use another --out")
         refuse_changes(run, began["recipe"], config)
         if began["dataset"]["fingerprint"] != dataset["fingerprint"]:

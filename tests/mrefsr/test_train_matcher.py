@@ -223,8 +223,12 @@ def test_a_run_that_began_otherwise_is_refused_by_name(dataset: Path, start: Pat
     (folder / "checkpoints" / "step-000000002.pt").write_bytes(b"PK cut")
     with pytest.raises(LmrError, match=r"step-000000002\.pt: not a readable checkpoint"):
         go_on(folder, begin(start), FACTS, "auto")
-    (folder / "recipe.json").write_text('{"format": "lmr-run"}')
-    with pytest.raises(LmrError, match="holds another run"):
+    for text in ('{"format": "lmr-run"}', '{"format": "lmr-matcher-run", "version": 1}', "[]"):
+        (folder / "recipe.json").write_text(text)
+        with pytest.raises(LmrError, match="holds another run"):
+            go_on(folder, begin(start), FACTS, "auto")
+    (folder / "recipe.json").unlink()  # never begun anew beside checkpoints
+    with pytest.raises(LmrError, match=r"recipe\.json: no such file"):
         go_on(folder, begin(start), FACTS, "auto")
 
 

@@ -284,6 +284,8 @@ def test_another_dataset_is_refused(whole: Path, tmp_path: Path, dataset: Path) 
     result = call(*arguments(dataset, other))
     assert result.exit_code == 1
     assert "the run began with another dataset" in result.output and result.output.count("Error") == 1
+    (other / "recipe.json").write_text('{"format": "lmr-run", "version": 1}')
+    assert "recipe.json: not the recipe of a run of this version" in call(*arguments(dataset, other)).output
 
 
 @pytest.mark.parametrize(
