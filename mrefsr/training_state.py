@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lmr_tools.schema import LmrError
 from lmr_tools.tables import atomic_path
+from mrefsr.checkpoints import load_model
 from mrefsr.config import MODEL_PRESETS, ModelConfig
 from mrefsr.discriminator import Discriminator
 from mrefsr.losses import PerceptualLoss
@@ -58,13 +59,19 @@ def model_config(config: TrainConfig) -> ModelConfig:
     return preset if config.backbone == "preset" else replace(preset, backbone=config.backbone)
 
 
-def new_training(config: TrainConfig, device: torch.device, *, matcher: Path | None = None) -> Training:
+def new_training(
+    config: TrainConfig, device: torch.device, *, matcher: Path | None = None, start: Path | None = None
+) -> Training:
     """A run before its first step. First weights follow from `config.seed`; missing pretrained ones are an LmrError.
 
     `matcher`: a checkpoint of `lmr train-matcher`, whose extractor takes the place of ImageNet's VGG16 in matching.
+    `start`: a whole model to begin with instead, trained here or converted, of the recipe's shape.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    model = new_model(model_config(config), generator=generator, matcher=matcher)
+    if start is None:
+        model = new_model(model_config(config), generator=generator, matcher=matcher)
+    else:
+        model = _trained_model(start, model_config(config))
     critic = Discriminator(clean=config.critic == "clean", generator=generator) if config.adversarial else None
     perceptual = PerceptualLoss(norm=config.perceptual_norm) if config.perceptual else None
     model = model.to(device).train()
@@ -88,6 +95,20 @@ def new_training(config: TrainConfig, device: torch.device, *, matcher: Path | N
         critic_optimiser=torch.optim.Adam(critic.parameters(), config.critic_lr, config.betas) if critic else None,
         perceptual=perceptual.to(device) if perceptual else None,
     )
+
+
+def _trained_model(start: Path, config: ModelConfig) -> MRefSR:
+    """The model of a checkpoint; LmrError when it is another network than the recipe's, with what differs."""
+    model = load_model(start)
+    found, wanted = asdict(model.config), asdict(replace(config, initialisation=model.config.initialisation))
+    other = [f"{key} is {found[key]}, not {wanted[key]}" for key in found if found[key] != wanted[key]]
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise LmrError(
+            f"--start {start}: another network than the recipe's ({'; '.join(other[:3])}{more}); give its preset and "
+            "backbone"
+        )
+    return model
 
 
 def _averaged(model: MRefSR) -> MRefSR:

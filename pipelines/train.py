@@ -45,6 +45,7 @@ INTERRUPTED = 130
     help="auto: go on where RUN is; never: refuse a RUN that has begun; FILE: go on from this checkpoint.",
 )
 @click.option("--matcher", type=FILE, help="Matching weights (lmr train-matcher).  [ImageNet's VGG16]")
+@click.option("--start", type=FILE, help="Begin with this model.  [weights drawn by the seed]")
 @click.option("--dry-run", is_flag=True, help="Show the recipe, the network's size and the memory it takes, and stop.")
 def train(
     preset: str,
@@ -57,6 +58,7 @@ def train(
     processes: int | None,
     resume: str,
     matcher: Path | None,
+    start: Path | None,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -73,10 +75,13 @@ def train(
     # Read when torch is loaded: its warnings below errors are hints for programmers, one from every process.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from lmr_tools.config import parse_settings
-    from mrefsr.machines import STARTED, is_rank, leave, start
+    from mrefsr.machines import STARTED, is_rank, leave
+    from mrefsr.machines import start as start_all
     from mrefsr.recipes import train_config
     from mrefsr.run_folder import claim_run
 
+    if start and matcher:
+        raise click.UsageError("--start and --matcher: a model has its matching weights; give one of them")
     if gpus and processes:
         raise click.UsageError("--gpus and --processes: give one of them")
     started = STARTED in os.environ
@@ -93,26 +98,33 @@ def train(
         _show_plan(preset, config, count)
         return
     if started:  # the process that started this one has checked everything and holds the folder
-        leave(_run(preset, config, dataset, out, device, resume, matcher))
+        leave(_run(preset, config, dataset, out, device, resume, matcher, start))
     speaks = int(os.environ.get("RANK", 0)) == 0
     with claim_run(out) if speaks else contextlib.nullcontext():
         if speaks:
             _check(config, dataset, int(os.environ.get("WORLD_SIZE", count)))
             click.echo(_recipe_text(preset, config))
         if count == 1:
-            code = _run(preset, config, dataset, out, device, resume, matcher)
+            code = _run(preset, config, dataset, out, device, resume, matcher, start)
         else:
             from lmr_tools.workers import default_workers
 
             command = [sys.executable, "-c", "from lmr_pipelines.cli import main; main()", *sys.argv[1:]]
-            code = start(command, count, max(1, default_workers() // count))
+            code = start_all(command, count, max(1, default_workers() // count))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         leave(code)
     click.get_current_context().exit(code)
 
 
 def _run(
-    preset: str, config: TrainConfig, dataset: str, out: Path, device: str, resume: str, matcher: Path | None
+    preset: str,
+    config: TrainConfig,
+    dataset: str,
+    out: Path,
+    device: str,
+    resume: str,
+    matcher: Path | None,
+    start: Path | None,
 ) -> int:
     """Train as this process of the run; returns its exit code."""
     from lmr_tools.stream import open_samples
@@ -122,31 +134,35 @@ def _run(
     from mrefsr.run_folder import begin_or_go_on, dataset_facts, states_folder
     from mrefsr.train import FINAL, Data, training_batches
     from mrefsr.train import train as run_training
-    from mrefsr.training_state import drop_later, frozen_digest, load_state, new_training
+    from mrefsr.training_state import drop_later, frozen_digest, load_state, new_training, weights_digest
 
     with joined(device) as machine, Screen(machine.first) as screen:
         store = open_samples(dataset, "train")
         data = Data(train=store, held_out=_held_out(config, dataset, screen))
         training_batches(store, config, machine, 0)  # says what is wrong before weights are loaded
-        training = new_training(config, machine.device, matcher=matcher)
+        training = new_training(config, machine.device, matcher=matcher, start=start)
         facts = {
             "dataset": dataset_facts(store)["fingerprint"],
             "matching and transfer weights": frozen_digest(training.model),
             "shape of network": fingerprint(dataclasses.asdict(training.model.config)),  # presets may change
+            "--start": weights_digest(training.model.network) if start else "none",
         }
-        start = begin_or_go_on(out, resume, preset, config, dataset_facts(store)) if machine.first else None
-        start = machine.gather(start)[0]
-        if start is not None:
-            load_state(start, training, facts)
+        state = begin_or_go_on(out, resume, preset, config, dataset_facts(store)) if machine.first else None
+        state = machine.gather(state)[0]
+        if state is not None:
+            load_state(state, training, facts)
             if machine.first:  # now that nothing refuses the file
                 drop_later(states_folder(out), training.step)
-            screen.line(f"going on after step {training.step} ({start})")
+            screen.line(f"going on after step {training.step} ({state})")
+        elif start is not None:
+            screen.line(f"beginning with {start}")
         provenance = {
             "by": "lmr train",
             "preset": preset,
             "recipe": config.model_dump(mode="json"),
             "dataset": {key: value for key, value in dataset_facts(store).items() if key != "path"},
-            "matching": _matching(matcher),
+            "matching": _matching(matcher, start),
+            "start": _named(start) if start else None,
             "averaged": config.ema > 0,
             "versions": versions(),
         }
@@ -184,10 +200,15 @@ def _held_out(config: TrainConfig, dataset: str, screen: Screen) -> Any:
         return None
 
 
-def _matching(matcher: Path | None) -> str:
+def _matching(matcher: Path | None, start: Path | None) -> str:
+    given = matcher or start
+    return "ImageNet VGG16" if given is None else _named(given)
+
+
+def _named(path: Path) -> str:
     from lmr_tools.tables import sha256_file
 
-    return "ImageNet VGG16" if matcher is None else f"{matcher.name}, sha256 {sha256_file(matcher)}"
+    return f"{path.name}, sha256 {sha256_file(path)}"
 
 
 def _where(machine: Machine) -> str:

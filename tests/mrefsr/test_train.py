@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import os
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -27,7 +26,7 @@ from mrefsr.learning import clip_gradients, parallel, take_gradients, update
 from mrefsr.losses import PerceptualLoss
 from mrefsr.machines import Machine
 from mrefsr.train import training_batches
-from mrefsr.training_state import checkpoints, load_state, new_training, save_state, to_dict
+from mrefsr.training_state import checkpoints, load_state, new_training
 from mrefsr.validation import means, validate
 from tests.lmr_tools.dataset_fixture import make_dataset
 from tests.mrefsr.training_fixture import ALONE, begin, data_of, fake_weights, short, weights_of
@@ -391,47 +390,3 @@ def test_the_best_model_is_the_best_that_could_be_written(
     training = begin(steps=3, validate_every=1, validate_groups=1, pictures=0)
     assert run(training, dataset, tmp_path) and training.best == 29.0
     assert load_checkpoint(tmp_path / train.BEST).provenance["steps"] == 2
-
-
-def test_torch_tells_of_a_full_disk(tmp_path: Path) -> None:
-    """Its writer hides the reason behind a RuntimeError; /dev/full is a disk without room."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full")
-    path = tmp_path / "step-000000001.pt"
-    path.write_bytes(b"old")
-    (tmp_path / f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError) as error:
-        save_state(path, {"a": torch.zeros(1_000_000)})
-    assert error.value.errno == errno.ENOSPC
-    assert path.read_bytes() == b"old"
-
-
-@pytest.mark.parametrize(
-    ("damage", "text"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "not a readable checkpoint"),
-        (lambda path: torch.save({"a": 1}, path), "not a checkpoint of lmr train"),
-        (lambda path: path.unlink(), "no such checkpoint"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Any, text: str) -> None:
-    path = tmp_path / "step-000000000.pt"
-    save_state(path, to_dict(begin(), FACTS))
-    damage(path)
-    with pytest.raises(LmrError, match=text) as error:
-        load_state(path, begin(), FACTS)
-    assert str(path) in str(error.value)
-
-
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "step-000000000.pt"
-    save_state(path, to_dict(begin(), FACTS))
-    with pytest.raises(LmrError, match="crop was 32 and is 48"):
-        load_state(path, begin(crop=48), FACTS)
-    with pytest.raises(LmrError, match=r"began with another dataset \(d, now e\); use the same"):
-        load_state(path, begin(), {"dataset": "e"})
-    constant = begin(schedule="constant")  # else its number of steps may not change at all
-    constant.step = 4
-    save_state(path, to_dict(constant, FACTS))
-    with pytest.raises(LmrError, match="has 4 steps behind it, more than the 3 asked for; use another --out"):
-        load_state(path, begin(schedule="constant", steps=3), FACTS)

@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from lmr_tools.tables import sha256_file
 from mrefsr import recipes
 from mrefsr.checkpoints import load_checkpoint
 from mrefsr.config import MODEL_PRESETS
@@ -242,6 +243,27 @@ def test_two_runs_in_one_folder(dataset: Path, tmp_path: Path) -> None:
         result = call(*arguments(dataset, tmp_path / "run"))
     assert result.exit_code == 1
     assert "another lmr train is at work in this folder; wait for it, stop it, or use another --out" in result.output
+
+
+def test_a_run_that_begins_with_a_model_goes_on_with_it_only(dataset: Path, whole: Path, tmp_path: Path) -> None:
+    first = whole / "model.safetensors"
+    out, pieces = tmp_path / "run", tmp_path / "pieces"
+    assert f"beginning with {first}" in finish(*arguments(dataset, out, "--start", first, warmup=0, lr=1e-5, steps=4))
+    # A small rate: it is near the model it began with, far from one drawn by the seed.
+    apart = max((weights(out)[name] - value).abs().max() for name, value in weights(whole).items())
+    assert 0 < apart < 1e-3
+    provenance = load_checkpoint(out / "model.safetensors").provenance
+    assert provenance["start"] == provenance["matching"] == f"model.safetensors, sha256 {sha256_file(first)}"
+    shutil.copytree(out, pieces)
+    for path in checkpoints(pieces / "checkpoints")[1:]:
+        path.unlink()
+    words = arguments(dataset, pieces, warmup=0, lr=1e-5, steps=4)
+    result = call(*words)
+    assert result.exit_code == 1 and "began with another --start" in result.output
+    assert "going on after step 2" in finish(*words, "--start", first)
+    assert all(torch.equal(weights(pieces)[name], value) for name, value in weights(out).items())
+    both = call(*arguments(dataset, tmp_path / "both", "--start", first, "--matcher", first))
+    assert both.exit_code == 2 and "give one of them" in both.output
 
 
 def test_a_run_does_not_change_its_recipe_on_the_way(dataset: Path, whole: Path) -> None:
