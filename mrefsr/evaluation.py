@@ -74,15 +74,17 @@ def evaluate(
     device: torch.device,
     watch: Watch,
 ) -> Outcome:
-    """Make the rows of `jobs` that RUN does not hold yet; failed ones, and those of other references, are made again.
+    """Make the rows of `jobs` that RUN does not hold yet; failed ones, and those of another target or of other
+    references, are made again.
 
     Rows that lack one of the metrics of `compare` are scored again from their PNG. A picture that fails becomes a row
     with its reason.
     """
     write_json(settings_path(run, settings.run_id), dataclasses.asdict(settings))
     rows = {job.name: read_row(row_path(run, settings.run_id, job.name)) for job in jobs}
-    new = [job for job in jobs if not _kept(run, settings, job, rows[job.name])]
-    names = {job.name for job in new}
+    kept = [job for job in jobs if _kept(run, settings, job, rows[job.name])]
+    names = {job.name for job in jobs} - {job.name for job in kept} | _replaced(run, settings, kept, watch)
+    new = [job for job in jobs if job.name in names]
     unscored = [job for job in jobs if job.name not in names and _lacks(rows[job.name], compare)]
     if new:
         _make(run, settings, new, restore, compare, device, watch)
@@ -97,6 +99,39 @@ def _kept(run: Path, settings: Settings, job: Job, row: ResultRow | None) -> boo
         return False
     # "best" names the one that it chose of those there were.
     return settings.policy == "best" or row.reference_ids == _of_entry(job.entry)["reference_ids"]
+
+
+def _replaced(run: Path, settings: Settings, jobs: Sequence[Job], watch: Watch) -> set[str]:
+    """Names of those of `jobs` whose target is another picture than their row's.
+
+    Only targets that came or changed after their row are read: the pixels decide, so a file that was merely copied or
+    unpacked again costs nothing but this.
+    """
+    later: dict[str, list[Job]] = {}
+    for job in jobs:
+        if _changed(job.entry.target) >= _changed(row_path(run, settings.run_id, job.name)):
+            later.setdefault(job.entry.image_id, []).append(job)
+    if not later:
+        return set()
+    targets = [dataclasses.replace(members[0].entry, references=()) for members in later.values()]
+    found = read_items(targets, benchmark=settings.benchmark, protocol="native")
+    names = set()
+    for entry, item in watch(found, len(targets), "checking"):
+        now = None if isinstance(item, LmrError) else pixels_sha256(item.target)
+        for job in later[entry.image_id]:
+            row = read_row(row_path(run, settings.run_id, job.name))
+            if row is None or row.target_sha256 != now:
+                names.add(job.name)
+    return names
+
+
+def _changed(path: Path) -> float:
+    """When a file was written, renamed or put in its place; 0 where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0.0
+    return max(status.st_mtime, status.st_ctime)
 
 
 def _lacks(row: ResultRow | None, compare: Mapping[str, metrics.Compare]) -> bool:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -276,6 +277,23 @@ def test_scoring_again(data: Path, tmp_path: Path) -> None:
     gone.rename(moved / "p3.png")
     assert call(evaluate, "--rescore", out, "--metrics", SOME, "--data", moved).exit_code == 0
     assert plain(out)[:2] == before[:2] and plain(out)[3] == before[3]
+
+
+def test_a_target_replaced_under_its_name_is_made_again(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(data, out)
+    before = plain(out)
+    os.utime(data / "p1.png")  # the same picture, copied again say
+    assert "4 rows, 0 of them new" in run(data, out).stdout and plain(out) == before
+    old = (data / "p2.png").stat().st_mtime - 1e6
+    (tmp_path / "other.png").write_bytes(encode_png(picture(9)))
+    os.utime(tmp_path / "other.png", (old, old))  # an old file that is moved in
+    (tmp_path / "other.png").replace(data / "p2.png")
+    assert "4 rows, 1 of them new" in run(data, out).stdout
+    after = plain(out)
+    assert after[2].target_sha256 != before[2].target_sha256
+    assert after[2].psnr_y == metrics.psnr_y(upscale(downscale(picture(9))), picture(9))
+    assert [after[place] for place in (0, 1, 3)] == [before[place] for place in (0, 1, 3)]
 
 
 def test_a_metric_is_added_from_the_pictures(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
