@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from lmr_tools.card import write_card
 from lmr_tools.consistency import counts_of
-from lmr_tools.dataset import MANIFEST, TABLES, claim, finish, manifest_of, table_path, work_folder
+from lmr_tools.dataset import MADE_BY, MANIFEST, TABLES, claim, finish, manifest_of, table_path, work_folder
 from lmr_tools.preview import contact_sheet, tier_histograms
 from lmr_tools.schema import LmrError, PairRow, SampleRow, ShardRow, Split, embedding_schema
 from lmr_tools.shards import WrittenShard, read_shard
@@ -25,7 +25,6 @@ from lmr_tools.sources import DATASET_MARKER
 from lmr_tools.tables import iter_rows, read_json, read_rows, read_table, write_json, write_rows, write_table
 
 PREVIEWED = 12
-MADE_BY = "made_by.json"
 # What a dataset without vectors says of them.
 NO_EMBEDDER: Mapping[str, Any] = {"model": None, "key": None, "dimension": None, "views": None}
 NO_INDEX: Mapping[str, Any] = {"kind": None, "k": None, "recall": None}

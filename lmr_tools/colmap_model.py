@@ -7,8 +7,9 @@ the tests. A model may come from anywhere: counts are judged against the bytes t
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ CAMERAS: Mapping[int, tuple[str, int, int]] = {
     16: ("EUCM", 6, 2),
 }
 BY_NAME = {name: number for number, (name, _, _) in CAMERAS.items()}
+COUNT = re.compile(rb"^# *Number of (?:cameras|images|points): *(\d+)", re.MULTILINE)
 OBSERVATION = np.dtype([("x", "<f8"), ("y", "<f8"), ("point", "<i8")])
 
 
@@ -102,6 +104,8 @@ def read_model(folder: Path) -> Model:
     for name in FILES:
         try:
             parts[name] = readers[name](content[name])
+            if suffix == ".txt":
+                _check_count(content[name], len(parts[name][0] if name == "points3D" else parts[name]))
         except (struct.error, ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
             reason = str(error)[:120] or type(error).__name__
             raise LmrError(f"{folder / f'{name}{suffix}'}: damaged, or of an unknown version ({reason})") from None
@@ -213,7 +217,7 @@ def _pose(
     return values[:4], values[4:]
 
 
-def _images_bin(data: bytes) -> Iterator[tuple[str, int, Any, Any, npt.NDArray[np.void]]]:
+def _images_bin(data: bytes) -> list[tuple[str, int, Any, Any, npt.NDArray[np.void]]]:
     file = _Bytes(data)
     found = []
     for _ in range(file.take("Q")[0]):
@@ -222,7 +226,7 @@ def _images_bin(data: bytes) -> Iterator[tuple[str, int, Any, Any, npt.NDArray[n
         name = file.text()
         observed = file.array(OBSERVATION, file.take("Q")[0])
         found.append((name, camera, *_pose(name, pose, observed), observed))
-    return iter(found)
+    return found
 
 
 def _points_bin(data: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -246,6 +250,13 @@ def _lines(data: bytes) -> list[str]:
     return [line for line in data.decode().splitlines() if not line.startswith("#")]
 
 
+def _check_count(data: bytes, found: int) -> None:
+    """ValueError when a text file's comment counts otherwise: one that is cut at a line's end looks whole."""
+    told = COUNT.search(data)
+    if told and int(told[1]) != found:
+        raise ValueError(f"its comment counts {int(told[1])}, it holds {found}")
+
+
 def _cameras_txt(data: bytes) -> dict[int, Camera]:
     found = {}
     for line in filter(str.strip, _lines(data)):
@@ -257,7 +268,7 @@ def _cameras_txt(data: bytes) -> dict[int, Camera]:
     return found
 
 
-def _images_txt(data: bytes) -> Iterator[tuple[str, int, Any, Any, npt.NDArray[np.void]]]:
+def _images_txt(data: bytes) -> list[tuple[str, int, Any, Any, npt.NDArray[np.void]]]:
     # Two lines an image; the second one, its observations, may be empty.
     lines = _lines(data)
     while lines and not lines[-1].strip() and len(lines) % 2:
@@ -269,7 +280,7 @@ def _images_txt(data: bytes) -> Iterator[tuple[str, int, Any, Any, npt.NDArray[n
         observed = np.zeros(len(values), OBSERVATION)
         observed["x"], observed["y"], observed["point"] = values.T
         found.append((name.strip(), int(camera), *_pose(name.strip(), pose, observed), observed))
-    return iter(found)
+    return found
 
 
 def _points_txt(data: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

@@ -108,6 +108,11 @@ def load_recipe(
     values = {**(preset or {}), **(_read(path) if path else {})}
     over = {key: value for key, value in overrides.items() if value is not None}
     values.update(over)
+    for key, value in values.items():
+        field = recipe_type.model_fields.get(key)
+        if isinstance(value, bool) and field and field.annotation is not bool:  # pydantic would count yes as 1
+            origin = "options" if key in over else str(path)
+            raise LmrError(f"{origin}: {key}: true and false (in YAML also yes, no, on, off) are no value of this key")
     try:
         return recipe_type.model_validate(values)
     except ValidationError as error:
@@ -125,13 +130,24 @@ def load_recipe(
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+        toml = path.suffix.lower() == ".toml"
+        values = tomllib.loads(text) if toml else yaml.safe_load(text)
+        twice = None if toml else _twice(text)
     except FileNotFoundError:
         raise LmrError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError) as error:
         raise LmrError(f"{path}: not a readable recipe ({' '.join(str(error).split())[:160]})") from None
+    if twice is not None:
+        raise LmrError(f"{path}: the key {twice!r} stands there twice; keep one of them")
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise LmrError(f"{path}: a recipe is a table of keys and values")
     return {str(key): value for key, value in values.items()}
+
+
+def _twice(text: str) -> str | None:
+    """The first key of a YAML table that stands there twice: its loader takes the last (TOML's refuses)."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    return next((key for key in keys if keys.count(key) > 1), None)

@@ -21,6 +21,7 @@ from lmr_tools.tables import read_json, sha256_file, write_json
 FORMAT = "lmr-dataset"
 VERSION = 1
 MANIFEST = "dataset.json"
+MADE_BY = "made_by.json"  # in the work folder: which command writes, where it is not build-dataset
 TABLES = ("images", "rejects", "embeddings", "candidates", "pairs", "groups", "shards", "samples")
 # What decides the bytes of a dataset beside the photos and the recipe.
 PACKAGES = (
@@ -141,9 +142,16 @@ def read_manifest(dataset: Path) -> dict[str, Any]:
         raise LmrError(f"{dataset}: no such folder")
     if not (dataset / MANIFEST).is_file():
         if (dataset / DATASET_MARKER).exists():
-            raise LmrError(f"{dataset}: the build has not finished; run the same build-dataset command again")
+            raise LmrError(f"{dataset}: lmr {_command(dataset)} has not finished; run the same command again")
         raise LmrError(f"{dataset}: not a dataset of lmr-tools (no {MANIFEST})")
     return checked(read_json(dataset / MANIFEST), str(dataset / MANIFEST))
+
+
+def _command(dataset: Path) -> str:
+    """Which command was making the dataset in a claimed folder."""
+    receipt = work_folder(dataset) / MADE_BY
+    made_by = read_json(receipt) if receipt.is_file() else None
+    return str(made_by.get("command")) if isinstance(made_by, dict) else "build-dataset"
 
 
 def checked(manifest: Any, where: str) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def _manifest(files: DatasetFiles) -> dict[str, Any]:
     data = if_there(MANIFEST)
     if data is None:
         if if_there(DATASET_MARKER) is not None:
-            raise LmrError(f"{files.shown}: the build has not finished; run the same build-dataset command again")
+            raise LmrError(f"{files.shown}: has not finished; run the command that was making it again")
         raise LmrError(f"{files.shown}: not a dataset of lmr-tools (no {MANIFEST} there)")
     where = f"{files.shown}/{MANIFEST}"
     try:

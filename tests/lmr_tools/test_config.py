@@ -36,6 +36,27 @@ def test_a_wrong_recipe_is_one_line_that_names_file_and_key(tmp_path: Path, text
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("high: 1\nlow: 2\nhigh: 2\n", "the key 'high' stands there twice"),
+        ("high: yes\n", "high: true and false"),
+        ("val_share: off\n", "val_share: true and false"),
+        ("views: yes\n", "views: true and false"),
+    ],
+)
+def test_yaml_does_not_guess(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(LmrError, match=message) as caught:
+        load_recipe(BuildConfig, path, {})
+    assert str(caught.value).startswith(str(path))
+    with pytest.raises(LmrError, match=r"^options: high: true"):
+        load_recipe(BuildConfig, None, {"high": True})
+    path.write_text("allow_partial: yes\n")
+    assert load_recipe(BuildConfig, path, {}).allow_partial
+
+
 def test_an_option_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text("size = 128")

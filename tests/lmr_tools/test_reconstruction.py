@@ -222,6 +222,25 @@ def test_damage_is_told_with_the_file(truth: tuple, tmp_path: Path, name: str, w
             read_model(tmp_path)
 
 
+def test_a_text_file_cut_at_a_line_end_is_told_by_its_own_count(truth: tuple, tmp_path: Path) -> None:
+    write_text(tmp_path, *truth)
+    cameras, points = truth
+    whole = read_model(tmp_path)
+    for name, noun, count, entry in (
+        ("cameras", "cameras", 1, 1),
+        ("images", "images", len(cameras), 2),
+        ("points3D", "points", len(points), 1),
+    ):
+        path = tmp_path / f"{name}.txt"
+        text = f"# Number of {noun}: {count}, mean observations per image: 3.5\n{path.read_text()}"
+        path.write_text(text)
+        assert read_model(tmp_path).points == whole.points
+        path.write_text("".join(text.splitlines(keepends=True)[:-entry]))
+        with pytest.raises(LmrError, match=rf"{name}\.txt: damaged.*counts {count}, it holds {count - 1}"):
+            read_model(tmp_path)
+        path.write_text(text)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [("1 1.0 0.0", "1 0.0"), (" 7 ", " nan 7 "), ("3.0 4.0 -1", "3.0 inf -1")],

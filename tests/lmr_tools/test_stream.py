@@ -278,7 +278,7 @@ def changed_table(dataset: Path) -> None:
     ("change", "text"),
     [
         (shutil.rmtree, r"dataset: not a dataset of lmr-tools \(no dataset.json there\)"),
-        (unfinished, "the build has not finished; run the same build-dataset command again"),
+        (unfinished, "has not finished; run the command that was making it again"),
         (edit_manifest(format="other"), "dataset.json: not the manifest of an lmr-tools dataset"),
         (edit_manifest(version=7), "dataset.json: version 7; this program reads 1"),
         (edit_manifest(tables={}), "no table shards, an older version built it"),

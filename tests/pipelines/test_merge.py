@@ -178,6 +178,7 @@ def test_a_stopped_merge_goes_on(parts: tuple[Path, Path], tmp_path: Path, monke
         patch.setattr("lmr_tools.assembly.draw_previews", stop)
         assert lmr("merge", *parts, "--out", tmp_path / "out", "--workers", 1).exit_code == 130
     assert not (tmp_path / "out" / "dataset.json").exists()
+    assert "lmr merge has not finished; run the same command again" in lmr("verify", tmp_path / "out").output
     assert "unfinished dataset of another command" in lmr("merge", *parts[::-1], "--out", tmp_path / "out").output
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").iterdir()}
     assert lmr("merge", *parts, "--out", tmp_path / "out", "--workers", 1).exit_code == 0
