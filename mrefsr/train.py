@@ -145,5 +145,5 @@ def _insist_on_finite(
             where = f"and the state before it could not be written ({error.strerror or error})"
     raise LmrError(
         f"step {step}: {', '.join(wrong)} not finite, groups {', '.join(ids)}; {where}; a lower lr, clip or "
-        "precision=fp32 may help, in another --out; --start takes a model of this run"
+        "precision=fp32 may help, in another --out; --start-from takes a model of this run"
     )

@@ -105,8 +105,8 @@ def _trained_model(start: Path, config: ModelConfig) -> MRefSR:
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise LmrError(
-            f"--start {start}: another network than the recipe's ({'; '.join(other[:3])}{more}); give its preset and "
-            "backbone"
+            f"--start-from {start}: another network than the recipe's ({'; '.join(other[:3])}{more}); give its preset "
+            "and backbone"
         )
     return model
 

@@ -45,7 +45,7 @@ INTERRUPTED = 130
     help="auto: go on where RUN is; never: refuse a RUN that has begun; FILE: go on from this checkpoint.",
 )
 @click.option("--matcher", type=FILE, help="Matching weights (lmr train-matcher).  [ImageNet's VGG16]")
-@click.option("--start", type=FILE, help="Begin with this model.  [weights drawn by the seed]")
+@click.option("--start-from", "start", type=FILE, help="Begin with this model.  [weights drawn by the seed]")
 @click.option("--dry-run", is_flag=True, help="Show the recipe, the network's size and the memory it takes, and stop.")
 def train(
     preset: str,
@@ -81,7 +81,7 @@ def train(
     from mrefsr.run_folder import claim_run
 
     if start and matcher:
-        raise click.UsageError("--start and --matcher: a model has its matching weights; give one of them")
+        raise click.UsageError("--start-from and --matcher: a model has its matching weights; give one of them")
     if gpus and processes:
         raise click.UsageError("--gpus and --processes: give one of them")
     started = STARTED in os.environ
@@ -145,7 +145,7 @@ def _run(
             "dataset": dataset_facts(store)["fingerprint"],
             "matching and transfer weights": frozen_digest(training.model),
             "shape of network": fingerprint(dataclasses.asdict(training.model.config)),  # presets may change
-            "--start": weights_digest(training.model.network) if start else "none",
+            "--start-from": weights_digest(training.model.network) if start else "none",
         }
         state = begin_or_go_on(out, resume, preset, config, dataset_facts(store)) if machine.first else None
         state = machine.gather(state)[0]

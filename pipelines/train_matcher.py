@@ -25,7 +25,7 @@ INTERRUPTED = 130
 @click.option("--dataset", required=True, help="Folder or URL of a built dataset; only target crops are used.")
 @click.option("--out", type=FILE, metavar="RUN", required=True, help="Folder of the run: checkpoints, log, matcher.")
 @click.option("--teacher", type=FILE, help="matcher.safetensors of --stage teacher (--stage student).")
-@click.option("--start", type=FILE, help="Begin with this matcher.  [ImageNet's VGG16]")
+@click.option("--start-from", "start", type=FILE, help="Begin with this matcher.  [ImageNet's VGG16]")
 @click.option("--steps", type=int, help="Steps of the optimiser.  [5000 for the teacher, 75000 for the student]")
 @click.option("--batch", type=int, default=8, show_default=True, help="Pairs a step.")
 @click.option("--crop", type=int, default=160, show_default=True, help="Side of the pairs, pixels.")

@@ -27,6 +27,7 @@ from mrefsr.run_folder import claim_run
 from mrefsr.training_state import checkpoints
 from pipelines import train as module
 from pipelines.cli import Commands
+from pipelines.evaluate import evaluate
 from pipelines.train import train
 from tests.lmr_tools.dataset_fixture import make_dataset
 from tests.mrefsr.training_fixture import fake_weights
@@ -238,6 +239,17 @@ def test_the_disk_runs_full(dataset: Path, torch_home: Path, tmp_path: Path) -> 
     assert "going on" not in finish(*arguments(dataset, out, steps=4))
 
 
+def test_no_option_is_taken_for_one_of_torchrun() -> None:
+    """It looks for its own options, and abbreviations of them, in all of its command line."""
+    from torch.distributed.run import get_args_parser
+
+    for command in (train, evaluate):
+        for option in (name for parameter in command.params for name in parameter.opts if name.startswith("--")):
+            words = [command.name, option, "x"]
+            found = get_args_parser().parse_args(["--no-python", "lmr", *words])
+            assert found.training_script_args == words
+
+
 def test_two_runs_in_one_folder(dataset: Path, tmp_path: Path) -> None:
     with claim_run(tmp_path / "run"):
         result = call(*arguments(dataset, tmp_path / "run"))
@@ -248,7 +260,9 @@ def test_two_runs_in_one_folder(dataset: Path, tmp_path: Path) -> None:
 def test_a_run_that_begins_with_a_model_goes_on_with_it_only(dataset: Path, whole: Path, tmp_path: Path) -> None:
     first = whole / "model.safetensors"
     out, pieces = tmp_path / "run", tmp_path / "pieces"
-    assert f"beginning with {first}" in finish(*arguments(dataset, out, "--start", first, warmup=0, lr=1e-5, steps=4))
+    assert f"beginning with {first}" in finish(
+        *arguments(dataset, out, "--start-from", first, warmup=0, lr=1e-5, steps=4)
+    )
     # A small rate: it is near the model it began with, far from one drawn by the seed.
     apart = max((weights(out)[name] - value).abs().max() for name, value in weights(whole).items())
     assert 0 < apart < 1e-3
@@ -259,10 +273,10 @@ def test_a_run_that_begins_with_a_model_goes_on_with_it_only(dataset: Path, whol
         path.unlink()
     words = arguments(dataset, pieces, warmup=0, lr=1e-5, steps=4)
     result = call(*words)
-    assert result.exit_code == 1 and "began with another --start" in result.output
-    assert "going on after step 2" in finish(*words, "--start", first)
+    assert result.exit_code == 1 and "began with another --start-from" in result.output
+    assert "going on after step 2" in finish(*words, "--start-from", first)
     assert all(torch.equal(weights(pieces)[name], value) for name, value in weights(out).items())
-    both = call(*arguments(dataset, tmp_path / "both", "--start", first, "--matcher", first))
+    both = call(*arguments(dataset, tmp_path / "both", "--start-from", first, "--matcher", first))
     assert both.exit_code == 2 and "give one of them" in both.output
 
 

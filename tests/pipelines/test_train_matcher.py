@@ -114,7 +114,7 @@ def test_bad_usage_and_bad_input_are_one_line_each(dataset: Path, tmp_path: Path
         (("--stage", "teacher", *base, "--crop", 128), 1, "crop 128: larger than the stored 64x64 crops"),
         (("--stage", "teacher", "--dataset", tmp_path / "no", "--out", tmp_path / "run"), 1, str(tmp_path / "no")),
         (("--stage", "student", *base, "--crop", 32, "--teacher", other), 1, "is a student itself"),
-        (("--stage", "teacher", *base, "--crop", 32, "--start", tmp_path / "no.safetensors"), 1, "no such file"),
+        (("--stage", "teacher", *base, "--crop", 32, "--start-from", tmp_path / "no.safetensors"), 1, "no such file"),
     )
     for arguments, code, text in cases:
         result = run(*arguments)
