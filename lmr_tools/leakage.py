@@ -19,8 +19,9 @@ from lmr_tools.pairs import PairStore, load_features
 from lmr_tools.schema import ImageRow, RejectRow
 
 NEAREST = 10  # corpus photos looked at per benchmark picture
-COPIED = 0.4  # share of the smaller picture's keypoints that must agree
+COPIED = 0.4  # share of the smaller picture's keypoints, or of those it shows of a picture around it, that must agree
 COPIED_POINTS = 50
+INSIDE = 0.9  # share of a picture's keypoints that another one shows: it lies in it
 
 
 def benchmark_photos(
@@ -32,8 +33,10 @@ def benchmark_photos(
     *,
     max_bits: int,
 ) -> list[RejectRow]:
-    """The rejects among `rows`. `vectors` are (N, V, D) unit vectors of corpus and benchmark; the features of both
-    must be in `store`."""
+    """The rejects among `rows`, as far as they are nearest; ask again without them until there is none.
+
+    `vectors` are (N, V, D) unit vectors of corpus and benchmark; the features of both must be in `store`.
+    """
     near, _ = search_photos(vectors, benchmark_vectors, min(NEAREST, len(rows)))
     dropped: dict[int, RejectRow] = {}
     for number, picture in enumerate(benchmark):
@@ -52,7 +55,15 @@ def _copy(row: ImageRow, picture: ImageRow, store: PairStore) -> str:
     if row.sha256 == picture.sha256:
         return "equal bytes"
     geometry = match_pair(load_features(store, row.sha256), load_features(store, picture.sha256))
-    share = max(geometry.share_a, geometry.share_b)
+    share_a, share_b = geometry.share_a, geometry.share_b
+    shares = [share_a, share_b]
+    # Of a picture with much detail the strongest features are kept, which are others than those of a crop of it: what
+    # tells a crop is the share of those that lie where it was cut.
+    if geometry.covered_a >= INSIDE:
+        shares.append(share_b / max(share_b, geometry.covered_b))
+    if geometry.covered_b >= INSIDE:
+        shares.append(share_a / max(share_a, geometry.covered_a))
+    share = max(shares)
     if geometry.model == "homography" and geometry.consistent >= COPIED_POINTS and share >= COPIED:
-        return f"a flat copy: {geometry.consistent} points, {share:.0%} of the smaller picture's, fit one homography"
+        return f"a flat copy: {geometry.consistent} points, {share:.0%} of a picture's there, fit one homography"
     return ""

@@ -226,12 +226,14 @@ def build(
         photos, vectors, rejects = dedup.staying(photos, gone), keep_rows(vectors, _rest(photos, gone)), rejects + gone
         for folder in benchmarks:
             pictures, shown = _look_at_benchmark(folder, embedder, store, mapper)
-            gone = leakage.benchmark_photos(photos, vectors, pictures, shown, store, max_bits=config.near_hash_bits)
-            photos, vectors, rejects = (
-                dedup.staying(photos, gone),
-                keep_rows(vectors, _rest(photos, gone)),
-                rejects + gone,
-            )
+            leaking = functools.partial(leakage.benchmark_photos, store=store, max_bits=config.near_hash_bits)
+            # The nearest copies hide others behind them: look again until there is none.
+            while photos and (gone := leaking(photos, vectors, pictures, shown)):
+                photos, vectors, rejects = (
+                    dedup.staying(photos, gone),
+                    keep_rows(vectors, _rest(photos, gone)),
+                    rejects + gone,
+                )
         if not photos:
             raise LmrError(f"{' '.join(names)}: no usable photo; {len(rejects)} were rejected, {_reasons(rejects)}")
         # 4. Mine candidate references.

@@ -163,6 +163,11 @@ def test_photos_of_a_benchmark_and_copies_are_kept_out(tmp_path: Path) -> None:
     benchmark.mkdir()
     leaked = view(place(0), 0)
     (benchmark / "001_0.png").write_bytes(encode_png(leaked[20:260, 30:350]))  # a crop of p0_0.png
+    # More crops than are looked at for one picture, of one whose strongest features are mostly elsewhere.
+    (benchmark / "002_0.png").write_bytes(encode_png(place(9)))
+    for k in range(14):
+        crop = place(9)[20 * k : 20 * k + 350, 30 * k : 30 * k + 450]
+        (photos / f"crop_{k:02}.png").write_bytes(encode_png(crop))
     (photos / "copy of p1_1.png").write_bytes((photos / "p1_1.png").read_bytes())
     from lmr_tools.config import BuildConfig
     from pipelines import build_dataset
@@ -177,6 +182,8 @@ def test_photos_of_a_benchmark_and_copies_are_kept_out(tmp_path: Path) -> None:
     rejects = table(out, "rejects").set_index("path")
     assert rejects.loc["p0_0.png", "reason"] == "in benchmark"
     assert "001_0.png" in rejects.loc["p0_0.png", "detail"]
+    assert Counter(rejects["reason"][rejects.index.str.startswith("crop_")]) == {"in benchmark": 14}
+    assert not rejects[rejects["reason"] == "in benchmark"].index.str.startswith("p1_").any()
     assert Counter(rejects["reason"])["exact duplicate"] == 1
 
 
