@@ -346,9 +346,9 @@ def _show_plan(given: tuple[str, ...], out: Path, config: BuildConfig) -> None:
     listing = list_photos([parse_source(text) for text in given])
     count = len(listing.found)
     references = config.high + config.medium + config.low
-    # Sizes seen on photos: a feature file of 2,000 features has 290 kB, a PNG crop about 1.6 bytes per pixel.
-    features = count * config.max_features * 145
-    shards = count * config.groups_per_photo * (1 + references) * config.size**2 * 1.6
+    # Sizes seen on photos: a feature file of 2,000 features has 290 kB, a pair 1.5, a crop 1.7 to 2 bytes a pixel.
+    features = count * (config.max_features * 145 + config.candidates * 1500)
+    shards = count * config.groups_per_photo * (1 + references) * config.size**2 * 2
     vectors = count * config.views * 2 * 1280
     click.echo(f"photos     {count} ({sum(file.bytes for file in listing.found) / 1e9:.2f} GB)")
     click.echo(f"refused    {len(listing.refused)} by name or container; {listing.other_files} other files")

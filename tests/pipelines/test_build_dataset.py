@@ -241,4 +241,6 @@ def test_dry_run_counts_and_writes_nothing(photos: Path, tmp_path: Path) -> None
     result = CliRunner().invoke(cli, ["build-dataset", str(photos), "--out", str(tmp_path / "d"), "--dry-run"])
     assert result.exit_code == 0, result.output
     assert "photos     24" in result.output
+    # 24 groups of 6 crops; built datasets of photos hold 1.7 to 2 bytes per pixel.
+    assert "shards     at most about 0.03 GB" in result.output
     assert not (tmp_path / "d").exists()
