@@ -206,8 +206,8 @@ def _plan(
         way_out = f"bring references down (--max-reference-side, now {largest})" if largest else "give a smaller LR"
         raise LmrError(
             f"not enough memory: an LR of {width}x{height} and {len(reference_shapes)} references take about "
-            f"{kept / 1e9:.1f} GB besides the tiles, of {free_memory(device) / 1e9:.1f} GB free on {device}: {way_out}"
-            f", or try anyway with --tile {tiling.SMALLEST_TILE}"
+            f"{kept / 1e9:.1f} GB besides the tiles, of {(budget + kept) / 1e9:.1f} GB that may be taken on {device} "
+            f"({SHARE_OF_MEMORY:.0%} of what is free): {way_out}, or try anyway with --tile {tiling.SMALLEST_TILE}"
         )
     return plan
 

@@ -9,14 +9,10 @@ import torch
 
 UNKNOWN = 4e9  # where a system tells nothing
 CGROUP = Path("/sys/fs/cgroup")
-CONTROL_FILES = (  # limit, use, details, and among these the file cache: version 2, then version 1
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
+OWN_GROUPS = Path("/proc/self/cgroup")
+CONTROL_FILES = (  # controller; limit, use, and the file cache's name in memory.stat: version 2, then version 1
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 MEMINFO = Path("/proc/meminfo")
 
@@ -45,13 +41,30 @@ def _free_of_machine() -> float:
 
 
 def _free_of_container() -> float:
-    """The rest of this control group's limit, its file cache counted as free; infinite without a limit."""
-    for limit, used, stat, cache in CONTROL_FILES:
-        try:
-            most = float((CGROUP / limit).read_text(encoding="ascii"))  # "max" where there is none
-            taken = float((CGROUP / used).read_text(encoding="ascii"))
-            lines = dict(line.split() for line in (CGROUP / stat).read_text(encoding="ascii").splitlines())
-            return max(0.0, most - taken + float(lines[cache]))
-        except (OSError, ValueError, KeyError):
-            continue
-    return float("inf")
+    """The least that is left within the limits of this process's control group (a container, a job of a scheduler) and
+    the groups around it, their file cache counted as free; infinite without a limit."""
+    free = float("inf")
+    for controller, limit, used, cache in CONTROL_FILES:
+        top = CGROUP / controller
+        own = top / _own_group(controller)
+        for folder in (own, *own.parents)[: len(own.parts) - len(top.parts) + 1]:
+            try:
+                most = float((folder / limit).read_text(encoding="ascii"))  # "max" where there is none
+                taken = float((folder / used).read_text(encoding="ascii"))
+                lines = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+                free = min(free, max(0.0, most - taken + float(lines[cache])))
+            except (OSError, ValueError, KeyError):
+                continue
+    return free
+
+
+def _own_group(controller: str) -> str:
+    """The path of this process's group below that controller's folder; a container often shows its own as the top."""
+    try:
+        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, names, path = line.split(":", 2)
+            if controller in names.split(",") and ".." not in path:
+                return path.strip("/")
+    except (OSError, ValueError):
+        pass
+    return ""

@@ -263,6 +263,37 @@ def test_device_is_chosen_or_refused() -> None:
         infer.choose_device("qpu")
 
 
+@pytest.mark.parametrize(
+    ("line", "place", "names"),
+    [
+        ("0::/job/step", "job", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/job/step",
+            "memory/job",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_free_memory_keeps_to_the_limit_of_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, place: str, names: tuple[str, str, str]
+) -> None:
+    """Where no container hides the groups: the limit is that of a group between the process's own and the top."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "meminfo").write_text("MemAvailable:  700 kB\n")
+    (tmp_path / "own").write_text(f"9:name=systemd:/elsewhere\n{line}\n")
+    (tmp_path / place / "step").mkdir(parents=True)
+    limit, used, cache = names
+    for folder, most in ((tmp_path / place, "500000"), (tmp_path / place / "step", "max")):
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text("400000\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{cache} 100000\n")
+    assert memory.free_memory(CPU) == 200000
+    (tmp_path / place / limit).write_text("300000\n")
+    assert memory.free_memory(CPU) == 0
+
+
 def test_free_memory_keeps_to_the_containers_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CGROUP", tmp_path / "none")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
