@@ -71,7 +71,9 @@ class DatasetFiles:
                 return self._within(lambda: call(files, base))
             except Exception as error:  # every fsspec backend has its own errors
                 if isinstance(error, FINAL) or attempt == self.tries:
-                    raise LmrError(f"{self.shown}/{name}: {_cause(error)}; get it again or rebuild") from None
+                    far = "://" in self.root and not isinstance(error, FileNotFoundError)
+                    way_out = "check address, access and connection" if far else "get it again or rebuild"
+                    raise LmrError(f"{self.shown}/{name}: {_cause(error)}; {way_out}") from None
                 self.wait(attempt)
         raise AssertionError("no try")
 

@@ -245,6 +245,9 @@ def test_lasting_errors_end_after_the_tries_and_name_the_file(
     with pytest.raises(LmrError, match=r"dataset.json: can not be read \(PermissionError: denied\)"):
         open_samples(url, "train", pause=0)
     assert len(calls) == 1
+    failing("cat_file", [ConnectionError("refused")] * 9)
+    with pytest.raises(LmrError, match=r"ConnectionError: refused\); check address, access and connection$"):
+        open_samples(url, "train", tries=2, pause=0)
 
 
 def edit_manifest(**values: Any) -> Callable[[Path], None]:
