@@ -71,7 +71,10 @@ def decode(data: bytes, *, enough: int | None = None) -> Image:
         raise BadImage("not an image", "no JPEG, PNG, WebP or TIFF header") from None
     except PilImage.DecompressionBombError as error:
         raise BadImage("too many pixels", str(error)[:LONGEST_REASON]) from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, MemoryError) as error:
+    except MemoryError:
+        # A damaged header that asks for too much, or a machine that is short of memory: not judged for good.
+        raise BadImage("unreadable", "memory ran out; run again with fewer workers, or the file is damaged") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError) as error:
         # The decoders raise all of these on damaged input.
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadImage("broken", text[:LONGEST_REASON]) from None

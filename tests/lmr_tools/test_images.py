@@ -124,6 +124,15 @@ def test_the_pixel_limit_is_the_one_that_is_told() -> None:
     assert "200000000" in caught.value.detail
 
 
+def test_a_photo_that_memory_does_not_suffice_for_is_not_called_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lmr_tools.images._to_rgb", short)
+    with pytest.raises(BadImage, match="unreadable: memory ran out"):  # the scan looks at such a file again
+        decode(encode_png(np.zeros((8, 8, 3), np.uint8)))
+
+
 def test_a_refusal_survives_the_way_back_from_a_worker() -> None:
     error = pickle.loads(pickle.dumps(BadImage("broken", "why")))  # noqa: S301
     assert (error.reason, error.detail, str(error)) == ("broken", "why", "broken: why")
