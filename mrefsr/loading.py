@@ -7,6 +7,7 @@ the trainer still wants their batches for its last step, and never outlive the t
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -44,9 +46,13 @@ def in_order(
         yield from map(make, lists)
         return
     context = multiprocessing.get_context("spawn")
-    stopping = context.Event()
+    # Read by a signal handler, which the next signal may interrupt: an Event takes a lock and would wait for itself.
+    stopping = context.RawValue(ctypes.c_bool, False)
+    stop = partial(setattr, stopping, "value", True)
+    if os.name == "posix":
+        resource_tracker.ensure_running()  # its start lets signals through again: not while they are held
     # At the exit of the interpreter multiprocessing asks its processes to terminate and waits for them.
-    atexit.register(stopping.set)
+    atexit.register(stop)
     with _signals_held(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: as asked
         iterator: Any = iter(
@@ -75,7 +81,7 @@ def in_order(
             "short? Try fewer workers"
         ) from None
     finally:
-        stopping.set()
+        stop()
         iterator._shutdown_workers()
         for worker in iterator._workers:
             # One that is still importing torch sees first of all that it is not needed.
@@ -88,7 +94,7 @@ def in_order(
             # makes multiprocessing report a leak.
             if queue._thread is not None:
                 queue._thread.join(LONGEST_END)
-        atexit.unregister(stopping.set)
+        atexit.unregister(stop)
 
 
 class _Lists:
@@ -125,10 +131,10 @@ def _start_worker(number: int, *, stopping: Any) -> None:
     # Whoever stops the run signals the whole process group; the trainer decides when its workers go, and still wants
     # their batches when it finishes its step. They go when they are told, or when their parent is gone.
     def terminate(*_: object) -> None:
-        if stopping.is_set():
+        if stopping.value:
             os._exit(0)
 
-    if stopping.is_set():
+    if stopping.value:
         os._exit(0)
     end_with_parent()
     # What has been loaded here has threads that abort a process when it ends the long way.
